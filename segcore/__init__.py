@@ -1,0 +1,1 @@
+"""segcore: labels images of any size with a network that sees only a part of them. See DESIGN.md beside this file."""

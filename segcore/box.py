@@ -1,0 +1,82 @@
+"""Boxes: half-open n-D integer ranges, the arithmetic that everything else is built on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Self
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A half-open range of pixels (or voxels), one `start` and `stop` for each spatial axis.
+
+    A box may reach outside the grid that it is used with (a window at the border does); `start <= stop` always
+    holds, on every axis. Raises ValueError otherwise.
+    """
+
+    start: tuple[int, ...]
+    stop: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.start) != len(self.stop) or not self.start:
+            raise ValueError(f"a box needs as many starts as stops, and at least one axis: {self.start}, {self.stop}")
+        if any(a > b for a, b in zip(self.start, self.stop, strict=True)):
+            raise ValueError(f"a box cannot stop before it starts: {self}")
+
+    @classmethod
+    def of(cls, shape: Sequence[int]) -> Self:
+        """The box of this shape (pixels per axis) at the origin."""
+        return cls((0,) * len(shape), tuple(shape))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(b - a for a, b in zip(self.start, self.stop, strict=True))
+
+    @property
+    def ndim(self) -> int:
+        return len(self.start)
+
+    @property
+    def size(self) -> int:
+        """Number of pixels."""
+        return prod(self.shape)
+
+    def __contains__(self, other: Box) -> bool:
+        return other.size == 0 or (self & other) == other
+
+    def __and__(self, other: Box) -> Box:
+        """The overlap; an empty box (at the nearer corner) where there is none."""
+        start = tuple(max(a, b) for a, b in zip(self.start, other.start, strict=True))
+        stop = tuple(min(a, b) for a, b in zip(self.stop, other.stop, strict=True))
+        return Box(start, tuple(max(a, b) for a, b in zip(start, stop, strict=True)))
+
+    def __or__(self, other: Box) -> Box:
+        """The hull: the smallest box that holds both."""
+        return Box(
+            tuple(min(a, b) for a, b in zip(self.start, other.start, strict=True)),
+            tuple(max(a, b) for a, b in zip(self.stop, other.stop, strict=True)),
+        )
+
+    def grow(self, margin: Sequence[int]) -> Box:
+        """The box with `margin` (pixels per axis) more on both sides."""
+        return Box(
+            tuple(a - m for a, m in zip(self.start, margin, strict=True)),
+            tuple(b + m for b, m in zip(self.stop, margin, strict=True)),
+        )
+
+    def snap(self, stride: Sequence[int]) -> Box:
+        """The smallest box around this one whose starts and stops are multiples of `stride`."""
+        return Box(
+            tuple(a // s * s for a, s in zip(self.start, stride, strict=True)),
+            tuple(-(-b // s) * s for b, s in zip(self.stop, stride, strict=True)),
+        )
+
+    def slices(self, origin: Sequence[int] | None = None) -> tuple[slice, ...]:
+        """Index of this box in an array whose first pixel lies at `origin` (default: the grid's own origin)."""
+        at = (0,) * self.ndim if origin is None else origin
+        return tuple(slice(a - o, b - o) for a, b, o in zip(self.start, self.stop, at, strict=True))
+
+    def __str__(self) -> str:
+        return "[" + ", ".join(f"{a}:{b}" for a, b in zip(self.start, self.stop, strict=True)) + "]"

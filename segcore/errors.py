@@ -1,0 +1,55 @@
+"""Everything that segflow raises on purpose.
+
+    SegcoreError
+    ├── SceneError    the input: missing, damaged, without the channels that the model wants
+    ├── CardError     the model card: unreadable, unknown keys, weights that differ from their digest
+    ├── PlanError     the settings: a budget, tile or mode that cannot work for this scene and model
+    ├── ModelError    the network: an engine that is not installed, an output of the wrong shape
+    └── ProductError  the output: a folder that cannot be written, a product that does not verify
+
+A message says what, where (URI, box), the numbers, and the remedy. `retryable` says whether the same call may
+succeed a little later (storage that was away), or never will before the user changes something.
+"""
+
+from __future__ import annotations
+
+
+class SegcoreError(Exception):
+    """Base of the tree above; `str(error)` is one line that is fit for a user."""
+
+    def __init__(self, message: str, *, retryable: bool = False) -> None:
+        super().__init__(message)
+        self.retryable = retryable
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Errors travel between processes: keep `retryable`, which the default would lose.
+        return _rebuild, (type(self), str(self), self.retryable)
+
+
+class SceneError(SegcoreError):
+    """The scene cannot be labelled as it is."""
+
+
+class CardError(SegcoreError):
+    """The model card or its weights are not what they claim to be."""
+
+
+class PlanError(SegcoreError):
+    """The settings do not fit the scene, the model or the machine."""
+
+
+class ModelError(SegcoreError):
+    """The network cannot be loaded or does not behave as its card says."""
+
+
+class ProductError(SegcoreError):
+    """The product cannot be written or does not verify."""
+
+
+def _rebuild(kind: type[SegcoreError], message: str, retryable: bool) -> SegcoreError:
+    return kind(message, retryable=retryable)
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's text, or its type where it has none."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

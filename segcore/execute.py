@@ -1,0 +1,248 @@
+"""Tiles on dask: hands out batches of tile indices, a few at a time, and counts what comes back. Dask's only home.
+
+Only indices and small reports travel; a worker reads its pixels itself and writes its labels to scratch. The driver
+never holds a graph of the scene: it keeps a bounded number of batches in flight and submits the next when one ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import CancelledError
+from dataclasses import dataclass
+from itertools import islice
+from typing import TypeVar
+
+import psutil
+from distributed import Client, Future, KilledWorker, LocalCluster, Worker, WorkerPlugin, as_completed, get_worker
+
+from segcore.errors import ModelError, PlanError, SegcoreError, one_line
+from segcore.io.scratch import Scratch
+from segcore.io.source import Source
+from segcore.model import load_segmenter
+from segcore.model.card import Model
+from segcore.model.segmenter import Segmenter
+from segcore.plan import TILES_IN_FLIGHT, Index, Plan
+from segcore.scaling import Scaling
+from segcore.spec import usable_cores
+from segcore.tile import label_tile
+
+#: A batch of tiles should be worth this long (seconds), so that scheduling (some 4 ms) stays in the noise.
+BATCH_SECONDS = 0.5
+#: A tile is tried this often before its scene fails.
+ATTEMPTS = 3
+_PLUGIN = "segflow"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """All that a worker has to know to label tiles of one scene. `key` is unique to this pass over it."""
+
+    key: str
+    plan: Plan
+    model: Model
+    source: Source
+    scaling: Scaling
+    scratch: Scratch
+
+
+@dataclass(frozen=True, slots=True)
+class TileReport:
+    """What became of one tile: valid pixels, windows inferred, seconds in each stage, and the engine that ran it."""
+
+    index: Index
+    valid: int
+    windows: int
+    read_seconds: float
+    infer_seconds: float
+    write_seconds: float
+    engine: str
+
+
+class Bench(WorkerPlugin):  # type: ignore[misc]
+    """What a worker process keeps between tiles: open scenes and loaded networks, a few of each."""
+
+    name = _PLUGIN
+
+    def __init__(self, engine_threads: int | None) -> None:
+        self._engine_threads = engine_threads
+        self._threads = 1
+        self._lock: threading.Lock | None = None
+
+    def setup(self, worker: Worker) -> None:
+        self._threads = self._engine_threads or worker.state.nthreads
+        self._lock = threading.Lock()
+        self._segmenters: OrderedDict[str, Segmenter] = OrderedDict()
+        self._recipes: OrderedDict[str, Recipe] = OrderedDict()
+
+    def recipe(self, recipe: Recipe) -> Recipe:
+        """The recipe as this process opened it first, so that its files are opened once."""
+        assert self._lock is not None
+        with self._lock:
+            return _recent(self._recipes, recipe.key, lambda: recipe, keep=8)
+
+    def segmenter(self, model: Model) -> Segmenter:
+        """The network of a model, loaded on first use."""
+        assert self._lock is not None
+        with self._lock:
+            return _recent(self._segmenters, model.digest, lambda: load_segmenter(model, self._threads), keep=2)
+
+
+class Workers:
+    """A connection to the workers that label tiles: of this process, or of a cluster. A context manager."""
+
+    def __init__(self, url: str | None = None) -> None:
+        """`url`: address of a dask scheduler, None for threads of this process. Raises PlanError if none answers."""
+        self._cluster: LocalCluster | None = None
+        try:
+            if url is None:
+                self._cluster = LocalCluster(
+                    n_workers=1,
+                    threads_per_worker=TILES_IN_FLIGHT,
+                    processes=False,
+                    dashboard_address=None,
+                    memory_limit=0,
+                    silence_logs=logging.CRITICAL,
+                )
+            self.client = Client(self._cluster or url, timeout=15, set_as_default=False)
+        except (OSError, ValueError, TimeoutError) as error:
+            raise PlanError(
+                f"no dask scheduler answers at {url} ({one_line(error)}); start one with `dask scheduler`, or leave "
+                f"--cluster out"
+            ) from error
+        try:
+            if url is not None and not self.client.scheduler_info()["workers"]:
+                self.client.wait_for_workers(1, timeout=60)
+            self.client.register_plugin(Bench(usable_cores() if url is None else None))
+        except Exception as error:  # whatever a worker of another make raises
+            self.close()
+            raise PlanError(
+                f"the workers of {url or 'this process'} cannot run segflow ({one_line(error)}); install the same "
+                f"version there, and start at least one worker"
+            ) from error
+
+    @property
+    def threads(self) -> int:
+        """Tiles that the workers can have under way at once."""
+        return sum(self.client.nthreads().values()) or 1
+
+    def close(self) -> None:
+        with contextlib.suppress(TimeoutError, OSError):
+            self.client.close()
+        if self._cluster is not None:
+            self._cluster.close()
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def label_tiles(recipe: Recipe, todo: Iterable[Index], workers: Workers) -> Iterator[TileReport]:
+    """Label the tiles and store them in the recipe's scratch; reports come as tiles end, in any order.
+
+    A batch that fails is tried again tile by tile, unless its error says that this is of no use. Raises the error of
+    a tile that failed for good, after every tile under way has ended.
+    """
+    rest, size, seconds = iter(todo), 1, 0.0
+    attempts: dict[Index, int] = {}
+    running: dict[Future, list[Index]] = {}
+    ended = as_completed(loop=workers.client.loop)
+
+    def submit(batch: list[Index]) -> None:
+        future = workers.client.submit(_label_batch, recipe, batch, pure=False, retries=0)
+        running[future] = batch
+        ended.add(future)
+
+    try:
+        for _ in range(workers.threads + 1):
+            if batch := list(islice(rest, size)):
+                submit(batch)
+        while running:
+            future = next(ended)
+            batch = running.pop(future)
+            try:
+                reports: list[TileReport] = future.result()
+            except (SegcoreError, KilledWorker, CancelledError, OSError, MemoryError, RuntimeError, ValueError) as error:
+                for index in batch:
+                    _allow_again(index, attempts, error)
+                time.sleep(0.2)
+                for index in batch:
+                    submit([index])
+                continue
+            finally:
+                future.release()
+            seconds = sum(r.read_seconds + r.infer_seconds + r.write_seconds for r in reports) / len(reports)
+            size = min(256, max(1, round(BATCH_SECONDS / max(seconds, 1e-6))))
+            while len(running) < workers.threads + 1 and (batch := list(islice(rest, size))):
+                submit(batch)
+            yield from reports
+    finally:
+        workers.client.cancel(list(running), force=True)
+        # Tiles of this process cannot be stopped half-way; let them end before anyone removes what they write to.
+        wait_for_idle(workers)
+
+
+def wait_for_idle(workers: Workers, timeout: float = 60) -> None:
+    """Wait (at most `timeout` seconds) until no worker runs a tile."""
+    until = time.monotonic() + timeout
+    with contextlib.suppress(OSError, TimeoutError, ValueError):
+        while time.monotonic() < until and any(workers.client.processing().values()):
+            time.sleep(0.05)
+
+
+def free_memory() -> int:
+    """Bytes that this machine could give without swapping."""
+    return int(psutil.virtual_memory().available)
+
+
+def _label_batch(recipe: Recipe, batch: list[Index]) -> list[TileReport]:
+    """Runs on a worker."""
+    bench: Bench = get_worker().plugins[_PLUGIN]
+    recipe = bench.recipe(recipe)
+    segmenter = bench.segmenter(recipe.model)
+    reports = []
+    for index in batch:
+        tile = recipe.plan.tile(index)
+        result = label_tile(tile, recipe.plan, recipe.model.card, recipe.source, recipe.scaling, segmenter)
+        began = time.perf_counter()
+        recipe.scratch.write(index, tile.core, result.labels, result.scores)
+        written = time.perf_counter() - began
+        reports.append(
+            TileReport(
+                index, result.valid, result.windows, result.read_seconds, result.infer_seconds, written, segmenter.engine
+            )
+        )
+    return reports
+
+
+def _allow_again(index: Index, attempts: dict[Index, int], error: BaseException) -> None:
+    """Count a failure. Raises when the tile is not to be tried again."""
+    attempts[index] = attempts.get(index, 0) + 1
+    if isinstance(error, SegcoreError) and not error.retryable:
+        raise error
+    if attempts[index] >= ATTEMPTS:
+        if isinstance(error, SegcoreError):
+            raise error
+        raise ModelError(
+            f"tile {index} failed {ATTEMPTS} times, at last with {type(error).__name__}: {one_line(error)}",
+            retryable=isinstance(error, (KilledWorker, CancelledError, OSError)),
+        ) from error
+
+
+def _recent(shelf: OrderedDict[str, T], key: str, make: Callable[[], T], keep: int) -> T:
+    """The thing under this key, made if it is not there; only the last `keep` that were asked for stay."""
+    if key not in shelf:
+        shelf[key] = make()
+    shelf.move_to_end(key)
+    while len(shelf) > keep:
+        shelf.popitem(last=False)
+    return shelf[key]
+

@@ -1,0 +1,82 @@
+"""Files: one home for each format. `open_scene` and `find_scenes` choose between them."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from segcore.errors import SceneError
+from segcore.io.files import absolute, is_remote, local_path, scene_name
+from segcore.io.geotiff import raster_file
+from segcore.io.nifti import Nifti
+from segcore.io.source import Source, Wanted
+from segcore.io.stac import item_ids, item_name, item_scene
+from segcore.spec import Settings
+
+_VOLUMES = (".nii", ".nii.gz")
+_ITEMS = (".json", ".geojson")
+#: What a folder is searched for; anything else is opened when it is named.
+_IN_FOLDERS = (".tif", ".tiff", ".jp2", ".vrt", *_VOLUMES)
+
+
+def open_scene(uri: str, wanted: Wanted, settings: Settings) -> Source:
+    """The scene behind a URI, as the model wants to see it; headers only are read. Raises SceneError."""
+    path = uri.partition("#")[0].lower()
+    if not is_remote(uri) and not local_path(uri.partition("#")[0]).exists():
+        raise SceneError(f"{uri}: there is no such file; check the path")
+    if path.endswith(_ITEMS):
+        return item_scene(uri, wanted)
+    if path.endswith(_VOLUMES):
+        return Nifti(uri, scene_name(uri), wanted)
+    if wanted.axes != "yx":
+        raise SceneError(f"{uri} is no volume (.nii, .nii.gz), and the model is made for volumes ({wanted.axes})")
+    return raster_file(uri, scene_name(uri), wanted, settings.bands, settings.scale, settings.offset)
+
+
+def product_name(uri: str) -> str:
+    """What the product of a scene is called; no header is read. Raises SceneError for a broken STAC document."""
+    return item_name(uri) if uri.partition("#")[0].lower().endswith(_ITEMS) else scene_name(uri)
+
+
+def find_scenes(arguments: Sequence[str]) -> list[str]:
+    """The URIs of the scenes that the arguments name, absolute, in order, each once.
+
+    An argument is a file, a folder (its rasters and volumes, not those of its folders), a glob, a text file with one
+    argument a line, a STAC Item or ItemCollection, or a remote URI. Raises SceneError for one that leads nowhere.
+    """
+    return list(dict.fromkeys(uri for argument in arguments for uri in _expand(argument)))
+
+
+def _expand(argument: str) -> Iterator[str]:
+    if is_remote(argument):
+        yield argument
+        return
+    path = local_path(argument.partition("#")[0])
+    if path.is_dir():
+        found = sorted(str(file) for file in path.iterdir() if file.name.lower().endswith(_IN_FOLDERS))
+        if not found:
+            raise SceneError(f"{argument} is a folder without a scene ({', '.join(_IN_FOLDERS)}); name another one")
+        yield from map(absolute, found)
+    elif path.suffix.lower() == ".txt" and path.is_file():
+        yield from _listed(path)
+    elif path.suffix.lower() in _ITEMS and path.is_file():
+        ids = None if "#" in argument else item_ids(argument)
+        yield from [absolute(argument)] if ids is None else [f"{absolute(argument)}#{item_id}" for item_id in ids]
+    elif path.exists():
+        yield absolute(argument)
+    elif glob.has_magic(argument) and (matches := sorted(glob.glob(argument, recursive=True))):
+        for match in matches:
+            yield from _expand(match)
+    else:
+        raise SceneError(f"{argument}: there is no such file; check the path")
+
+
+def _listed(path: Path) -> Iterator[str]:
+    """The arguments in a text file, relative to its folder; empty lines and those that begin with # are left out."""
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    entries = [line for line in lines if line and not line.startswith("#")]
+    if not entries:
+        raise SceneError(f"{path} lists no scene; write one path a line")
+    for entry in entries:
+        yield from _expand(entry if is_remote(entry) or Path(entry).is_absolute() else str(path.parent / entry))

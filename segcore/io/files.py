@@ -1,0 +1,65 @@
+"""Files and their URIs: what they are called, what tells them from a changed one."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from segcore.errors import SceneError
+
+#: Suffixes of scenes, longest first; a product is called after its scene without them.
+SCENE_SUFFIXES = (".nii.gz", ".nii", ".tiff", ".tif", ".jp2", ".vrt", ".img", ".json", ".geojson")
+
+
+def is_remote(uri: str) -> bool:
+    """Whether a URI leads into object storage or to a server (`s3://`, `https://`, `/vsi.../`)."""
+    return uri.startswith("/vsi") or ("://" in uri and not uri.startswith("file://"))
+
+
+def local_path(uri: str) -> Path:
+    """The path of a local file, from a path or a `file://` URI."""
+    return Path(unquote(urlsplit(uri).path)) if uri.startswith("file://") else Path(uri)
+
+
+def absolute(uri: str) -> str:
+    """The URI as every process understands it: remote ones as they are, local ones as an absolute path."""
+    return uri if is_remote(uri) else str(local_path(uri).absolute())
+
+
+def scene_name(uri: str) -> str:
+    """What the product of a scene is called: its file name without suffix, safe as a file name anywhere."""
+    name = Path(urlsplit(uri).path if is_remote(uri) else local_path(uri)).name
+    for suffix in SCENE_SUFFIXES:
+        if name.lower().endswith(suffix):
+            name = name[: -len(suffix)]
+            break
+    return safe_name(name)
+
+
+def safe_name(name: str) -> str:
+    """The name with everything but letters, digits, `.`, `_` and `-` made a `_`; never hidden, never empty."""
+    return re.sub(r"[^\w.-]", "_", name).lstrip(".") or "scene"
+
+
+def file_identity(uri: str) -> dict[str, Any]:
+    """Size and time of change of a file, for the fingerprint of a product. Remote files are known by their URI alone.
+
+    Raises SceneError where there is no such file.
+    """
+    if is_remote(uri):
+        return {"uri": uri}
+    try:
+        status = os.stat(local_path(uri))
+    except OSError as error:
+        raise SceneError(f"{uri}: {error.strerror or error}; check the path") from error
+    return {"bytes": status.st_size, "changed_ns": status.st_mtime_ns}
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

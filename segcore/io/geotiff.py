@@ -1,0 +1,482 @@
+"""Rasters: any file that GDAL reads in, cloud-optimised GeoTIFF (COG) out. The only home of rasterio.
+
+A scene may be one file with all its bands, or one file a band, of different resolutions: a `Band` says where each
+channel comes from, and bands on a coarser lattice are interpolated onto the finest one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from math import hypot
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import rasterio
+import rasterio.shutil
+import rasterio.warp
+from rasterio.crs import CRS
+from rasterio.enums import ColorInterp, MaskFlags, Resampling
+from rasterio.errors import RasterioError, RasterioIOError
+from rasterio.io import DatasetReader
+from rasterio.transform import Affine
+from rasterio.windows import Window
+
+from segcore.box import Box
+from segcore.errors import ProductError, SceneError, one_line
+from segcore.grid import Grid, Rescale
+from segcore.io.files import file_identity
+from segcore.io.source import Floats, LabelReader, Legend, Source, Wanted
+from segcore.resample import interpolate
+
+#: GDAL's own block cache takes a share of all memory unless it is bounded (bytes).
+GDAL_CACHE = 128 * 2**20
+_BLOCK = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """One channel of a scene: `index` counts from 1, as GDAL does; physical value = stored x `scale` + `offset`.
+
+    Scale, offset and nodata that are None are taken from the file.
+    """
+
+    uri: str
+    index: int
+    scale: float | None = None
+    offset: float | None = None
+    nodata: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GeoFrame:
+    """CRS, transform (six numbers of the affine, row by row), ground control points and pixel convention of a raster."""
+
+    shape: tuple[int, int]
+    crs: CRS | None
+    transform: tuple[float, ...]
+    gcps: tuple[Any, ...] = ()
+    area_or_point: str | None = None
+    suffix: str = ".tif"
+
+    def write_labels(self, path: Path, labels: LabelReader, legend: Legend) -> list[Path]:
+        """A COG with palette, `mode` overviews and nodata; class names in its tags and in GDAL's sidecar file."""
+        colours = {i: (*rgb, 255) for i, _, rgb in legend.classes} | {legend.nodata: (0, 0, 0, 0)}
+        plain = path.with_name(f"{path.stem}.plain.tif")
+        with _environment():
+            with self._create(plain, count=1, dtype="uint8", nodata=legend.nodata) as to:
+                for box in _file_order(self.shape):
+                    to.write(labels.read(box), 1, window=_window(box))
+                to.write_colormap(1, colours)
+                to.set_band_description(1, "class")
+                to.update_tags(1, **{f"CLASS_{i}": name for i, name, _ in legend.classes})
+            self._optimise(plain, path, overviews="mode", predictor="NO")
+        sidecar = path.with_name(f"{path.name}.aux.xml")
+        sidecar.write_bytes(_sidecar(legend))
+        return [path, sidecar]
+
+    def write_scores(self, path: Path, labels: LabelReader, legend: Legend) -> list[Path]:
+        plain = path.with_name(f"{path.stem}.plain.tif")
+        with _environment():
+            count = len(legend.classes)
+            with self._create(plain, count=count, dtype="float32", nodata=float("nan")) as to:
+                for box in _file_order(self.shape):
+                    to.write(labels.read_scores(box), window=_window(box))
+                for index, (_, name, _) in enumerate(legend.classes, start=1):
+                    to.set_band_description(index, name)
+            self._optimise(plain, path, overviews="average", predictor="YES")
+        return [path]
+
+    def verify(self, path: Path, labels: LabelReader) -> None:
+        try:
+            with _environment(), rasterio.open(path) as written:
+                found = (written.shape, written.crs, tuple(written.transform)[:6])
+                if found != (self.shape, self.crs, self.transform):
+                    raise ProductError(
+                        f"{path} does not lie on its scene: shape, CRS and transform are {found} and should be "
+                        f"{(self.shape, self.crs, self.transform)}; report this as a bug"
+                    )
+                for box in _file_order(self.shape):
+                    if not np.array_equal(written.read(1, window=_window(box)), labels.read(box)):
+                        raise ProductError(f"{path} differs from its labels in {box}: is the disk full? Run again")
+        except RasterioError as error:
+            raise ProductError(f"{path} does not read back ({one_line(error)}): is the disk full? Run again") from error
+
+    def footprint(self) -> dict[str, Any] | None:
+        if self.crs is None or self.transform == tuple(Affine.identity())[:6]:
+            return None
+        affine, (rows, cols) = Affine(*self.transform), self.shape
+        corners = [affine * corner for corner in ((0, 0), (0, rows), (cols, rows), (cols, 0), (0, 0))]
+        outline = {"type": "Polygon", "coordinates": [corners]}
+        with contextlib.suppress(RasterioError), _environment():
+            return dict(rasterio.warp.transform_geom(self.crs, "EPSG:4326", outline, precision=7))
+        return None
+
+    def properties(self) -> dict[str, Any]:
+        if self.crs is None:
+            return {}
+        epsg = self.crs.to_epsg()
+        code = {"proj:code": f"EPSG:{epsg}"} if epsg else {"proj:code": None, "proj:wkt2": self.crs.to_wkt()}
+        return code | {"proj:shape": list(self.shape), "proj:transform": list(self.transform)}
+
+    @contextlib.contextmanager
+    def _create(self, path: Path, *, count: int, dtype: str, nodata: float) -> Iterator[Any]:
+        """A plain tiled file that is filled in file order, and then copied into a COG."""
+        rows, cols = self.shape
+        profile = {"driver": "GTiff", "height": rows, "width": cols, "count": count, "dtype": dtype, "nodata": nodata}
+        layout = {"tiled": True, "blockxsize": _BLOCK, "blockysize": _BLOCK, "compress": "zstd", "zstd_level": 1}
+        georeference: dict[str, Any] = {"crs": self.crs, "transform": Affine(*self.transform)}
+        if self.gcps:
+            georeference = {"crs": self.crs, "gcps": list(self.gcps)}
+        elif self.transform == tuple(Affine.identity())[:6]:
+            georeference = {"crs": self.crs}
+        try:
+            with rasterio.open(path, "w", **profile, **layout, **georeference, BIGTIFF="IF_SAFER") as to:
+                if self.area_or_point:
+                    to.update_tags(AREA_OR_POINT=self.area_or_point)
+                yield to
+        except RasterioError as error:
+            raise ProductError(f"cannot write {path}: {one_line(error)}", retryable=True) from error
+
+    def _optimise(self, plain: Path, path: Path, *, overviews: str, predictor: str) -> None:
+        options = {"compress": "DEFLATE", "level": 6, "blocksize": _BLOCK, "bigtiff": "IF_SAFER"}
+        try:
+            rasterio.shutil.copy(
+                plain, path, driver="COG", overview_resampling=overviews, predictor=predictor, num_threads=2, **options
+            )
+        except RasterioError as error:
+            raise ProductError(f"cannot write {path}: {one_line(error)}", retryable=True) from error
+        for leftover in plain.parent.glob(f"{plain.name}*"):
+            leftover.unlink()
+
+
+class Raster:
+    """A raster scene: bands of one or several files, on the lattice of the finest one.
+
+    Raises SceneError for files that do not open, bands that are missing, and files that do not lie on each other.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        name: str,
+        bands: Sequence[Band],
+        channels: Sequence[str],
+        *,
+        datetime: str | None = None,
+        warnings: Sequence[str] = (),
+        described_by: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.uri, self.name, self.channels, self.datetime = uri, name, tuple(channels), datetime
+        self.warnings = tuple(warnings)
+        self._bands = tuple(bands)
+        self._described_by = described_by
+        self._local = threading.local()
+        with _environment():
+            files = {band.uri: self._dataset(band.uri) for band in self._bands}
+            finest = min(files.values(), key=lambda file: abs(file.transform.determinant))
+            self.grid = Grid("yx", finest.shape)
+            self.frame = _frame_of(finest)
+            self._placements = {uri: _placement(file, finest) for uri, file in files.items()}
+            unit = finest.crs.linear_units_factor[1] if finest.crs and finest.crs.is_projected else None
+            t = finest.transform
+            self.spacing = (hypot(t.b, t.e) * unit, hypot(t.a, t.d) * unit) if unit else None
+            self.cell = (abs(t.determinant) * unit**2, "m2") if unit else None
+            self.datetime = datetime or _tiff_datetime(finest)
+        if self.frame.crs is None:
+            self.warnings += ("the scene has no coordinate reference system; its mask has none either",)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _reopen, (
+            self.uri,
+            self.name,
+            self._bands,
+            self.channels,
+            self.datetime,
+            self.warnings,
+            self._described_by,
+        )
+
+    def identity(self) -> Mapping[str, Any]:
+        files = {uri: file_identity(uri) for uri in sorted({band.uri for band in self._bands})}
+        bands = [[band.uri, band.index, band.scale, band.offset, band.nodata] for band in self._bands]
+        return {"files": files, "bands": bands, **({"item": self._described_by} if self._described_by else {})}
+
+    def stage(self, folder: Path) -> Raster:
+        return self
+
+    def read(self, box: Box) -> Floats:
+        out = np.empty((len(self._bands), *box.shape), np.float32)
+        with _environment():
+            for uri, positions in self._by_file():
+                placement, bands = self._placements[uri], [self._bands[i] for i in positions]
+                at = placement.inside(box)
+                if at.size == 0:
+                    out[positions] = np.nan
+                    continue
+                values = self._values(uri, bands, at)
+                out[positions] = placement.onto(values, at, box)
+        return out
+
+    def overview(self, shape: Sequence[int]) -> Floats:
+        out = np.empty((len(self._bands), *shape), np.float32)
+        with _environment():
+            for uri, positions in self._by_file():
+                whole = Box.of(self._dataset(uri).shape)
+                out[positions] = self._values(uri, [self._bands[i] for i in positions], whole, tuple(shape))
+        return out
+
+    def _by_file(self) -> Iterator[tuple[str, list[int]]]:
+        """The files, and which channels each of them holds: a file is read once for all its bands."""
+        order = sorted(range(len(self._bands)), key=lambda i: self._bands[i].uri)
+        for uri, group in groupby(order, key=lambda i: self._bands[i].uri):
+            yield uri, list(group)
+
+    def _dataset(self, uri: str) -> DatasetReader:
+        """This thread's own handle: GDAL's are not to be shared."""
+        handles: dict[str, DatasetReader] = self._local.__dict__.setdefault("handles", {})
+        if uri not in handles:
+            handles[uri] = open_raster(uri)
+        return handles[uri]
+
+    def _values(self, uri: str, bands: Sequence[Band], at: Box, shape: tuple[int, ...] | None = None) -> Floats:
+        """Physical values of a box of one file, (len(bands), *shape), NaN where invalid."""
+        file, indexes = self._dataset(uri), [band.index for band in bands]
+        options: dict[str, Any] = {"window": _window(at)}
+        if shape is not None:
+            options |= {"out_shape": (len(bands), *shape), "resampling": Resampling.nearest}
+        try:
+            stored = file.read(indexes, **options)
+            out = stored.astype(np.float32)
+            for i, band in enumerate(bands):
+                scale = file.scales[band.index - 1] if band.scale is None else band.scale
+                offset = file.offsets[band.index - 1] if band.offset is None else band.offset
+                if (scale, offset) != (1, 0):
+                    wide = stored[i].astype(np.float64) if stored.dtype.itemsize > 2 else out[i]
+                    out[i] = wide * scale + offset
+                if band.nodata is not None:
+                    out[i][stored[i] == band.nodata] = np.nan
+                if MaskFlags.all_valid not in file.mask_flag_enums[band.index - 1]:
+                    mask_options = options | ({"out_shape": shape} if shape is not None else {})
+                    out[i][file.read_masks(band.index, **mask_options) == 0] = np.nan
+        except RasterioIOError as error:
+            raise SceneError(
+                f"{uri}: cannot read {at} ({one_line(error.__cause__ or error)}); the file is truncated or damaged, "
+                f"or its storage was away: copy it again",
+                retryable=True,
+            ) from error
+        np.copyto(out, np.nan, where=np.isinf(out))
+        return out
+
+
+def open_raster(uri: str) -> DatasetReader:
+    """The dataset. Raises SceneError for what GDAL does not read as a georeferenced image with a real data type."""
+    try:
+        file = rasterio.open(uri)
+    except RasterioIOError as error:
+        raise SceneError(
+            f"{uri} is no raster that GDAL can open ({one_line(error)}); check the file with `rio info`"
+        ) from error
+    if file.count == 0:
+        raise SceneError(f"{uri} holds {len(file.subdatasets)} subdatasets and no band of its own; name one of them")
+    if any(np.dtype(kind).kind == "c" for kind in file.dtypes):
+        raise SceneError(f"{uri} is complex-valued ({file.dtypes[0]}); give its amplitude or intensity instead")
+    return file
+
+
+def raster_file(
+    uri: str,
+    name: str,
+    wanted: Wanted,
+    bands: Sequence[str] | None = None,
+    scale: float | None = None,
+    offset: float | None = None,
+) -> Raster:
+    """A scene of one file. Its bands are found by name: `bands`, or the file's descriptions, or its colours.
+
+    A file that names no band must have exactly as many as the model has channels; they are then taken in order, with
+    a warning.
+    """
+    with _environment(), open_raster(uri) as file:
+        data = [i for i, colour in enumerate(file.colorinterp, start=1) if colour != ColorInterp.alpha]
+        if bands is not None and len(bands) != len(data):
+            raise SceneError(f"{uri} has {len(data)} bands, and --bands names {len(bands)}: {', '.join(bands)}")
+        colours = (ColorInterp.red, ColorInterp.green, ColorInterp.blue)
+        names: dict[str, int] = {}
+        for position, index in enumerate(data):
+            colour = file.colorinterp[index - 1]
+            found = bands[position] if bands is not None else file.descriptions[index - 1]
+            found = found or (colour.name if colour in colours else None)
+            if found:
+                names.setdefault(found.strip().lower(), index)
+    warnings = []
+    missing = [channel for channel in wanted.channels if channel.lower() not in names]
+    if not missing:
+        indexes = [names[channel.lower()] for channel in wanted.channels]
+    elif not names.keys() & {channel.lower() for channel in wanted.channels} and len(data) == len(wanted.channels):
+        indexes = data
+        if len(data) > 1:
+            warnings.append(f"the bands have no known names; taken in order as {', '.join(wanted.channels)}")
+    else:
+        has = f"{len(data)} bands ({', '.join(names) if names else 'without names'})"
+        raise SceneError(
+            f"{uri} has {has} and lacks {', '.join(missing)}, which the model wants; name the bands in file order "
+            f"with --bands, or take a model that needs fewer"
+        )
+    chosen = [Band(uri, index, scale, offset) for index in indexes]
+    return Raster(uri, name, chosen, wanted.channels, warnings=warnings)
+
+
+@dataclass(frozen=True, slots=True)
+class _Placement:
+    """How the lattice of one file lies on the scene's: `covered` is the part of the scene that it shows whole."""
+
+    covered: Box
+    part: Box
+    rescale: Rescale
+
+    def inside(self, box: Box) -> Box:
+        """The pixels of the file that a box of the scene is made of; empty where the file does not reach."""
+        seen = self._relative(box)
+        if seen.size == 0:
+            return Box(self.part.start, self.part.start)
+        at = self.rescale.support(seen)
+        return Box(
+            tuple(a + o for a, o in zip(at.start, self.part.start, strict=True)),
+            tuple(b + o for b, o in zip(at.stop, self.part.start, strict=True)),
+        )
+
+    def onto(self, values: Floats, at: Box, box: Box) -> Floats:
+        """Values of `at` of the file, laid onto `box` of the scene; NaN where the file does not reach."""
+        seen = self._relative(box)
+        source = Box(
+            tuple(a - o for a, o in zip(at.start, self.part.start, strict=True)),
+            tuple(b - o for b, o in zip(at.stop, self.part.start, strict=True)),
+        )
+        inner = interpolate(values, source, self.rescale, seen)
+        if seen.shape == box.shape:
+            return inner
+        out = np.full((len(values), *box.shape), np.nan, np.float32)
+        where = seen.slices(tuple(a - o for a, o in zip(box.start, self.covered.start, strict=True)))
+        out[(slice(None), *where)] = inner
+        return out
+
+    def _relative(self, box: Box) -> Box:
+        seen = box & self.covered
+        return Box(
+            tuple(a - o for a, o in zip(seen.start, self.covered.start, strict=True)),
+            tuple(b - o for b, o in zip(seen.stop, self.covered.start, strict=True)),
+        )
+
+
+def _placement(file: DatasetReader, finest: DatasetReader) -> _Placement:
+    """Where a file lies on the finest one. Raises SceneError unless its lattice is a whole multiple, edge on edge."""
+    if file.crs != finest.crs:
+        raise SceneError(
+            f"{file.name} is in {file.crs} and {finest.name} in {finest.crs}; bring the bands into one CRS (gdalwarp)"
+        )
+    to_scene = ~finest.transform * file.transform
+    factors = (round(to_scene.e), round(to_scene.a))
+    origin = (round(to_scene.f), round(to_scene.c))
+    exact = (to_scene.e, to_scene.a, to_scene.f, to_scene.c, to_scene.b, to_scene.d)
+    if min(factors) < 1 or any(abs(a - b) > 1e-3 for a, b in zip(exact, (*factors, *origin, 0, 0), strict=True)):
+        raise SceneError(
+            f"{file.name} does not lie on the grid of {finest.name}: one of its pixels is {to_scene.a:.3f} x "
+            f"{to_scene.e:.3f} of them, at {to_scene.c:.3f}, {to_scene.f:.3f}; bring the bands onto one grid (gdalwarp)"
+        )
+    start, stop, first, last = [], [], [], []
+    for n, m, f, o in zip(finest.shape, file.shape, factors, origin, strict=True):
+        # Whole pixels of the file that touch the scene, and the pixels of the scene under them.
+        first.append(max(0, -o // f))
+        last.append(min(m, -(-(n - o) // f)))
+        start.append(first[-1] * f + o)
+        stop.append(last[-1] * f + o)
+    part = Box(tuple(first), tuple(max(a, b) for a, b in zip(first, last, strict=True)))
+    covered = Box(tuple(start), tuple(max(a, b) for a, b in zip(start, stop, strict=True)))
+    if part.size == 0:
+        raise SceneError(f"{file.name} and {finest.name} do not overlap; they are no bands of one scene")
+    return _Placement(covered, part, Rescale(part.shape, covered.shape))
+
+
+def _frame_of(file: DatasetReader) -> GeoFrame:
+    points, points_crs = file.gcps
+    return GeoFrame(
+        shape=file.shape,
+        crs=file.crs or points_crs or None,
+        transform=tuple(file.transform)[:6],
+        gcps=tuple(points),
+        area_or_point=file.tags().get("AREA_OR_POINT"),
+    )
+
+
+def _reopen(
+    uri: str,
+    name: str,
+    bands: Sequence[Band],
+    channels: Sequence[str],
+    datetime: str | None,
+    warnings: Sequence[str],
+    described_by: Mapping[str, Any] | None,
+) -> Raster:
+    raster = Raster(uri, name, bands, channels, datetime=datetime, described_by=described_by)
+    raster.warnings = tuple(warnings)
+    return raster
+
+
+def _tiff_datetime(file: DatasetReader) -> str | None:
+    """TIFF writes 2015:08:04 16:19:21; the time zone is not said, and UTC is what the field uses."""
+    stamp = file.tags().get("TIFFTAG_DATETIME", "")
+    date, _, time = stamp.partition(" ")
+    if len(date) == 10 and len(time) == 8 and date[4] == date[7] == ":":
+        return f"{date.replace(':', '-')}T{time}Z"
+    return None
+
+
+def _environment() -> rasterio.Env:
+    return rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE // 2**20, GDAL_PAM_ENABLED=True)
+
+
+def _window(box: Box) -> Window:
+    (row, col), (rows, cols) = box.start, box.shape
+    return Window(col, row, cols, rows)
+
+
+def _file_order(shape: tuple[int, int]) -> Iterator[Box]:
+    """Full-width slabs that begin on a row of blocks."""
+    rows, cols = shape
+    step = max(1, 2**24 // (cols * _BLOCK)) * _BLOCK
+    for start in range(0, rows, step):
+        yield Box((start, 0), (min(start + step, rows), cols))
+
+
+def _sidecar(legend: Legend) -> bytes:
+    """GDAL's own sidecar (PAM): category names and a raster attribute table, which QGIS and ArcGIS show as a legend."""
+    root = ElementTree.Element("PAMDataset")
+    band = ElementTree.SubElement(root, "PAMRasterBand", band="1")
+    names = ElementTree.SubElement(band, "CategoryNames")
+    by_index = {index: name for index, name, _ in legend.classes}
+    for index in range(max(by_index) + 1):
+        ElementTree.SubElement(names, "Category").text = by_index.get(index, "")
+    table = ElementTree.SubElement(band, "GDALRasterAttributeTable", tableType="thematic")
+    # Types and usages by GDAL's numbers: 0 integer, 2 string; 5 value, 2 name, 6 to 8 red, green, blue.
+    columns = (("Value", 0, 5), ("Class", 2, 2), ("Red", 0, 6), ("Green", 0, 7), ("Blue", 0, 8))
+    for position, (name, kind, usage) in enumerate(columns):
+        field = ElementTree.SubElement(table, "FieldDefn", index=str(position))
+        for key, value in (("Name", name), ("Type", str(kind)), ("Usage", str(usage))):
+            ElementTree.SubElement(field, key).text = value
+    for position, (index, name, rgb) in enumerate(legend.classes):
+        row = ElementTree.SubElement(table, "Row", index=str(position))
+        for value in (index, name, *rgb):
+            ElementTree.SubElement(row, "F").text = str(value)
+    ElementTree.indent(root)
+    return ElementTree.tostring(root, encoding="utf-8") + b"\n"
+
+
+def _conforms(raster: Raster) -> Source:
+    return raster
+

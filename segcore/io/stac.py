@@ -1,0 +1,173 @@
+"""STAC: Items as scenes that are sets of band files, and Items as manifests. The only home of pystac.
+
+Reads STAC 1.0 (`eo:bands`, `raster:bands`) and 1.1 (`bands`) alike: what a band is called (`common_name`), and how its
+stored numbers become physical ones (`scale`, `offset`, `nodata`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pystac
+
+from segcore.errors import SceneError, one_line
+from segcore.io.files import absolute, is_remote, local_path, safe_name
+from segcore.io.geotiff import Band, Raster
+from segcore.io.source import Wanted
+
+PROJECTION = "https://stac-extensions.github.io/projection/v2.0.0/schema.json"
+FILE = "https://stac-extensions.github.io/file/v2.1.0/schema.json"
+CLASSIFICATION = "https://stac-extensions.github.io/classification/v2.0.0/schema.json"
+
+
+def read_document(uri: str) -> dict[str, Any]:
+    """The JSON object of a file. Raises SceneError."""
+    if is_remote(uri):
+        raise SceneError(f"{uri}: STAC documents are read from a local or mounted file system; copy it there first")
+    try:
+        document = json.loads(local_path(uri).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise SceneError(f"{uri} is no readable STAC document ({one_line(error)}); check the file") from error
+    if not isinstance(document, dict) or document.get("type") not in ("Feature", "FeatureCollection"):
+        raise SceneError(f"{uri} is no STAC Item and no ItemCollection: its `type` is neither Feature nor FeatureCollection")
+    return document
+
+
+def item_name(uri: str) -> str:
+    """What the product of an Item is called: its id, made safe as a file name. Raises SceneError."""
+    path, _, item_id = uri.partition("#")
+    return safe_name(item_id or str(read_document(path).get("id")))
+
+
+def item_ids(uri: str) -> list[str] | None:
+    """The ids of the Items of an ItemCollection, None for a single Item."""
+    document = read_document(uri)
+    if document["type"] == "Feature":
+        return None
+    return [str(feature.get("id")) for feature in document.get("features", [])]
+
+
+def item_scene(uri: str, wanted: Wanted) -> Raster:
+    """The scene that a STAC Item describes: for each channel, the asset band with its `common_name`, or its name.
+
+    `uri` is a file with an Item, or with an ItemCollection and `#id` behind it. Raises SceneError where a channel is
+    missing or the Item is broken.
+    """
+    path, _, item_id = uri.partition("#")
+    document = read_document(path)
+    if document["type"] == "FeatureCollection":
+        matching = [feature for feature in document.get("features", []) if str(feature.get("id")) == item_id]
+        if not matching:
+            raise SceneError(f"{path} holds no Item with the id {item_id!r}")
+        document = matching[0]
+    try:
+        item = pystac.Item.from_dict(document, href=absolute(path))
+    except (pystac.STACError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise SceneError(f"{uri} is a broken STAC Item ({one_line(error)}); validate it with `stac-validator`") from error
+    named: dict[str, Band] = {}
+    for key, asset in item.assets.items():
+        href = asset.get_absolute_href() or asset.href
+        for names, band in _asset_bands(key, asset.to_dict(), href):
+            for name in names:
+                named.setdefault(name, band)
+    missing = [channel for channel in wanted.channels if channel.lower() not in named]
+    if missing:
+        raise SceneError(
+            f"{uri} has assets for {', '.join(sorted(named)) or 'nothing'} and lacks {', '.join(missing)}, which the "
+            f"model wants; give its assets a `common_name`, or take a model that needs fewer"
+        )
+    used = {key: document["assets"].get(key) for key in sorted(document.get("assets", {}))}
+    return Raster(
+        uri,
+        safe_name(item.id),
+        [named[channel.lower()] for channel in wanted.channels],
+        wanted.channels,
+        datetime=item.datetime.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ") if item.datetime else None,
+        described_by={"id": item.id, "assets": used},
+    )
+
+
+def _asset_bands(key: str, asset: Mapping[str, Any], href: str) -> Iterator[tuple[list[str], Band]]:
+    """The bands of an asset and the names that each goes by, common name first."""
+    lists: list[Sequence[Mapping[str, Any]]] = [
+        asset[field] for field in ("bands", "eo:bands", "raster:bands") if isinstance(asset.get(field), list)
+    ]
+    count = max((len(entries) for entries in lists), default=1)
+    for position in range(count):
+        facts: dict[str, Any] = {}
+        for source in (asset, *(entries[position] for entries in lists if position < len(entries))):
+            facts |= {field.removeprefix("eo:").removeprefix("raster:"): value for field, value in source.items()}
+        names = [facts.get("common_name"), facts.get("name"), key if count == 1 else None]
+        nodata = facts.get("nodata")
+        band = Band(
+            absolute(href),
+            position + 1,
+            _number(facts.get("scale"), key, "scale"),
+            _number(facts.get("offset"), key, "offset"),
+            float("nan") if nodata == "nan" else _number(nodata, key, "nodata"),
+        )
+        yield [str(name).lower() for name in names if name], band
+
+
+def _number(value: Any, key: str, field: str) -> float | None:
+    if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
+        return value
+    raise SceneError(f"asset {key!r}: {field} {value!r} is no number; repair the Item")
+
+
+@dataclass(frozen=True, slots=True)
+class Asset:
+    """A file of a product: its path, relative to the manifest, with what a STAC asset says of it."""
+
+    href: str
+    title: str
+    media_type: str
+    roles: tuple[str, ...]
+    fields: Mapping[str, Any]
+
+
+def manifest_item(
+    name: str,
+    geometry: dict[str, Any] | None,
+    when: str,
+    properties: Mapping[str, Any],
+    assets: Mapping[str, Asset],
+) -> dict[str, Any]:
+    """A STAC Item as JSON. `when` is ISO 8601; `geometry` is GeoJSON in WGS 84, or None for what is not on the Earth."""
+    bbox = None
+    if geometry is not None:
+        points = [point for ring in geometry["coordinates"] for point in ring]
+        xs, ys = [x for x, *_ in points], [y for _, y, *_ in points]
+        bbox = [min(xs), min(ys), max(xs), max(ys)]
+    extensions = [FILE, CLASSIFICATION] + ([PROJECTION] if any(key.startswith("proj:") for key in properties) else [])
+    item = pystac.Item(
+        id=name,
+        geometry=geometry,
+        bbox=bbox,
+        datetime=datetime.fromisoformat(when.replace("Z", "+00:00")),
+        properties=dict(properties),
+        stac_extensions=extensions,
+    )
+    for key, asset in assets.items():
+        item.add_asset(
+            key,
+            pystac.Asset(
+                href=asset.href,
+                title=asset.title,
+                media_type=asset.media_type,
+                roles=list(asset.roles),
+                extra_fields=dict(asset.fields),
+            ),
+        )
+    document: dict[str, Any] = item.to_dict(include_self_link=False, transform_hrefs=False)
+    return document
+
+
+def manifest_time(path: Path) -> str:
+    """Time of change of a file, ISO 8601 in UTC, for scenes that do not say when they were taken."""
+    return datetime.fromtimestamp(path.stat().st_mtime, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

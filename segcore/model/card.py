@@ -1,0 +1,228 @@
+"""The model card: what a network promises and needs. The only home of pydantic.
+
+A model is a folder with a `card.json` and weights, or the name of a built-in card (`segcore/model/cards`) whose weights
+lie in an installed package. Unknown keys are an error, and so are weights with another digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from segcore.errors import CardError, ModelError, PlanError
+from segcore.spec import Cost, Sight
+
+_BUILT_IN = Path(__file__).parent / "cards"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Artifact(_Strict):
+    """Weights. `path` is relative to the card, or `package:DISTRIBUTION/PATH` for a file of an installed distribution."""
+
+    format: Literal["onnx", "torchscript"]
+    path: str
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class Channel(_Strict):
+    """An input channel. `valid_range`: where the median of a sensible scene lies, in the units before scaling."""
+
+    name: Annotated[str, Field(min_length=1)]
+    units: str | None = None
+    valid_range: tuple[float, float] | None = None
+
+
+class ClassLabel(_Strict):
+    """A class of the mask: its value, its name and its colour (RGB, 0 to 255)."""
+
+    index: Annotated[int, Field(ge=0, le=254)]
+    name: Annotated[str, Field(min_length=1)]
+    color: tuple[
+        Annotated[int, Field(ge=0, le=255)], Annotated[int, Field(ge=0, le=255)], Annotated[int, Field(ge=0, le=255)]
+    ]
+
+
+class Affine(_Strict):
+    """value x scale + offset, one number for all channels or one for each."""
+
+    step: Literal["affine"] = "affine"
+    scale: float | tuple[float, ...] = 1.0
+    offset: float | tuple[float, ...] = 0.0
+
+
+class ClipPercentiles(_Strict):
+    """Clip each channel to percentiles (0 to 100) of the valid pixels of the whole scene."""
+
+    step: Literal["clip_percentiles"] = "clip_percentiles"
+    lower: Annotated[float, Field(ge=0, le=100)]
+    upper: Annotated[float, Field(ge=0, le=100)]
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.lower >= self.upper:
+            raise ValueError(f"lower {self.lower} must be less than upper {self.upper}")
+        return self
+
+
+class Standardise(_Strict):
+    """Subtract the mean and divide by the standard deviation of the valid pixels of the whole scene, by channel."""
+
+    step: Literal["standardise"] = "standardise"
+
+
+class Fill(_Strict):
+    """The value that invalid pixels take, in the units at this step."""
+
+    step: Literal["fill"] = "fill"
+    value: float
+
+
+Step = Annotated[Affine | ClipPercentiles | Standardise | Fill, Field(discriminator="step")]
+
+
+class Card(_Strict):
+    """A model's promises. Sizes are in pixels, one for each of `axes`; see the design for the words.
+
+    `spacing` (metres for `yx`, else millimetres) and `orientation` are None for the scene's own. `window` None means
+    any size; `reach` must be given exactly where `local` holds. `bytes_per_pixel`: what the engine holds for each
+    pixel of a window while it runs. Raises pydantic's ValidationError; `load_card` makes it a CardError.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
+    version: str
+    license: str
+    citation: str
+    description: str = ""
+    artifacts: Annotated[tuple[Artifact, ...], Field(min_length=1)]
+    axes: Literal["yx", "zyx", "xyz"]
+    channels: Annotated[tuple[Channel, ...], Field(min_length=1)]
+    spacing: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    orientation: Annotated[str, Field(pattern="^[LR][AP][IS]$")] | None = None
+    scaling: tuple[Step, ...] = ()
+    padding: Literal["symmetric", "edge", "zero"] = "symmetric"
+    stride: tuple[int, ...]
+    local: bool
+    reach: tuple[int, ...] | None = None
+    window: tuple[int, ...] | None = None
+    fixed_window: bool = False
+    overlap: tuple[int, ...] | None = None
+    activation: Literal["none", "softmax", "sigmoid"] = "none"
+    classes: Annotated[tuple[ClassLabel, ...], Field(min_length=2)]
+    label_nodata: Literal[255] = 255
+    bytes_per_pixel: Annotated[float, Field(gt=0)] = 2000.0
+
+    @field_validator("classes")
+    @classmethod
+    def _indices_distinct(cls, classes: tuple[ClassLabel, ...]) -> tuple[ClassLabel, ...]:
+        if [label.index for label in classes] != list(range(len(classes))):
+            raise ValueError("classes must be numbered 0, 1, 2, ... in order, as the network's outputs are")
+        return classes
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for field in ("spacing", "stride", "reach", "window", "overlap"):
+            value = getattr(self, field)
+            if value is not None and len(value) != len(self.axes):
+                raise ValueError(f"{field} {value} needs one number for each of the axes {self.axes!r}")
+        if self.local != (self.reach is not None):
+            raise ValueError("`reach` must be given for a local network, and only for one")
+        if self.orientation and self.axes == "yx":
+            raise ValueError("`orientation` is for volumes")
+        for step in self.scaling:
+            for value in (step.scale, step.offset) if isinstance(step, Affine) else ():
+                if isinstance(value, tuple) and len(value) != len(self.channels):
+                    raise ValueError(f"an affine step has {len(value)} numbers for {len(self.channels)} channels")
+        try:
+            self.sight()
+        except PlanError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+    def sight(self, overlap: int | None = None) -> Sight:
+        """What the planner has to know; `overlap` (pixels) overrides the card's. Raises PlanError where it misfits."""
+        shared = self.overlap
+        if overlap is not None and self.window is not None:
+            shared = (overlap,) * len(self.axes)
+        return Sight(self.stride, self.reach, self.window, shared, self.fixed_window)
+
+    def cost(self) -> Cost:
+        """What a pixel costs the planner."""
+        return Cost(len(self.channels), len(self.classes), self.bytes_per_pixel)
+
+
+class Model:
+    """A card and where its weights are. `digest` (SHA-256) changes with any of its fields and with the weights."""
+
+    def __init__(self, card: Card, folder: Path) -> None:
+        self.card, self.folder = card, folder
+
+    @property
+    def digest(self) -> str:
+        canonical = json.dumps(self.card.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def weights(self) -> tuple[Artifact, Path]:
+        """The first artifact and its file, with its digest checked. Raises CardError, or ModelError without the file."""
+        artifact = self.card.artifacts[0]
+        path = self._locate(artifact)
+        try:
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise ModelError(f"model {self.card.name}: {path}: {error.strerror}; install or copy the weights") from error
+        if found != artifact.sha256:
+            raise CardError(
+                f"model {self.card.name}: {path} has the sha256 {found} and its card says {artifact.sha256}; these are "
+                f"not the weights that the card was made for: get them again, or make a new card"
+            )
+        return artifact, path
+
+    def _locate(self, artifact: Artifact) -> Path:
+        if not artifact.path.startswith("package:"):
+            path = (self.folder / artifact.path).resolve()
+            if not path.is_relative_to(self.folder.resolve()):
+                raise CardError(f"model {self.card.name}: {artifact.path} leads out of the model's folder")
+            return path
+        name, _, inside = artifact.path.removeprefix("package:").partition("/")
+        try:
+            package = distribution(name)
+        except PackageNotFoundError as error:
+            raise ModelError(
+                f"model {self.card.name} has its weights in the package {name}, which is not installed; run "
+                f"`pip install {name}`"
+            ) from error
+        return Path(str(package.locate_file(inside)))
+
+
+def built_in_models() -> list[str]:
+    """Names of the built-in cards."""
+    return sorted(path.parent.name for path in _BUILT_IN.glob("*/card.json"))
+
+
+def load_card(reference: str) -> Model:
+    """The model of this name (a built-in one) or in this folder. Raises CardError with every fault of the card."""
+    folder = _BUILT_IN / reference if reference in built_in_models() else Path(reference)
+    path = folder / "card.json" if folder.name != "card.json" else folder
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CardError(
+            f"{reference!r} is no built-in model ({', '.join(built_in_models())}) and no folder with a readable card.json"
+        ) from error
+    try:
+        card = Card.model_validate_json(text)
+    except ValidationError as error:
+        faults = "; ".join(
+            f"{'.'.join(map(str, fault['loc'])) or 'card'}: {fault['msg'].removeprefix('Value error, ')}"
+            for fault in error.errors(include_url=False)
+        )
+        raise CardError(f"{path}: {faults}") from error
+    return Model(card, path.parent)

@@ -1,0 +1,52 @@
+"""ONNX through ONNX Runtime, its only home: the default engine on a CPU."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+from segcore.errors import ModelError, one_line
+from segcore.model.segmenter import Floats, Segmenter
+
+
+class OnnxSegmenter:
+    """An ONNX file with one input and at least one output, in float32. Raises ModelError where it does not load."""
+
+    def __init__(self, path: Path, threads: int) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        # Workers hold images beside the network; an arena that only grows would break the memory budget.
+        options.enable_cpu_mem_arena = False
+        available = onnxruntime.get_available_providers()
+        providers = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available]
+        try:
+            self._session = onnxruntime.InferenceSession(path, options, providers=providers)
+        except Exception as error:  # onnxruntime's exceptions share no base but Exception
+            raise ModelError(f"{path} does not load in ONNX Runtime: {one_line(error)}") from error
+        inputs = self._session.get_inputs()
+        if len(inputs) != 1 or inputs[0].type != "tensor(float)":
+            found = ", ".join(f"{i.name}: {i.type}" for i in inputs)
+            raise ModelError(f"{path} has the inputs {found}; segflow wants one, of float32")
+        self._input = inputs[0].name
+        self._output = self._session.get_outputs()[0].name
+        self._lock = threading.Lock()
+        on = "CUDA" if self._session.get_providers()[0].startswith("CUDA") else f"CPU, {threads} threads"
+        self.engine = f"onnxruntime {onnxruntime.__version__} ({on})"
+        self.batch = 1 if on.startswith("CPU") else 16
+
+    def __call__(self, batch: Floats) -> Floats:
+        try:
+            with self._lock:
+                out = self._session.run([self._output], {self._input: batch})[0]
+        except Exception as error:
+            raise ModelError(f"ONNX Runtime failed on a batch of shape {batch.shape}: {one_line(error)}") from error
+        return np.asarray(out, dtype=np.float32)
+
+
+def _conforms(segmenter: OnnxSegmenter) -> Segmenter:
+    return segmenter

@@ -1,0 +1,59 @@
+"""What the engine sees of a network, and a fake one."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+
+
+class Segmenter(Protocol):
+    """A loaded network: arrays in, arrays out.
+
+    Loaded once per process. May be called from several threads; it lets one inference at a time onto its device, and
+    its result for a window depends on that window alone, not on the others of the batch.
+    """
+
+    engine: str
+    """What runs it, for log and manifest."""
+    batch: int
+    """How many windows it likes to get at once."""
+
+    def __call__(self, batch: Floats) -> Floats:
+        """Raw outputs (N, K, *window) for scaled windows (N, C, *window), both contiguous. Raises ModelError."""
+        ...
+
+
+class BoxFilter:
+    """The fake beside the protocol: a local network whose K outputs are shifted means over (2 r + 1)^d pixels.
+
+    It pads with zeros at the border of what it sees, as convolutions do, reaches exactly `reach` pixels and has
+    stride 1, so the laws of tiling can be told by it from their violations.
+    """
+
+    engine = "fake"
+    batch = 2
+
+    def __init__(self, reach: int, classes: int = 3) -> None:
+        self.reach, self.classes = reach, classes
+
+    def __call__(self, batch: Floats) -> Floats:
+        out = batch.mean(axis=1, keepdims=True, dtype=np.float32)
+        for axis in range(2, out.ndim):
+            padding = [(0, 0)] * out.ndim
+            padding[axis] = (self.reach, self.reach)
+            padded, n = np.pad(out, padding), out.shape[axis]
+            # Added in the same order for every pixel, so that equal neighbourhoods give equal bits.
+            total = np.zeros_like(out)
+            for shift in range(2 * self.reach + 1):
+                total = total + np.take(padded, range(shift, shift + n), axis=axis)
+            out = (total / np.float32(2 * self.reach + 1)).astype(np.float32)
+        levels = np.linspace(-1, 1, self.classes, dtype=np.float32).reshape(1, -1, *(1,) * (out.ndim - 2))
+        return -np.abs(out - levels)
+
+
+def _conforms(fake: BoxFilter) -> Segmenter:
+    return fake

@@ -1,0 +1,287 @@
+"""The plan: how one scene is cut into tiles under one budget. Integers only; nothing is read, nothing is listed.
+
+    +-----------------------------+   grid of the scene
+    |        +-----------+        |
+    |        |  . . . .  |  read: what a tile needs
+    |        | . +---+ . |        |
+    |        | . |   | . |  core: what it alone writes
+    |        | . +---+ . |        |
+    |        |  . . . .  |  window: what the network sees at once (dots): one in exact mode,
+    |        +-----------+        |  several on one lattice over the whole scene in blend mode
+    +-----------------------------+
+
+Cores and reads lie on the scene's own grid. Windows lie on the network's grid, which is the same one unless the model
+wants another spacing; `Plan.rescale` leads from the scene's lattice to the network's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+from typing import Literal
+
+from segcore.box import Box
+from segcore.errors import PlanError
+from segcore.grid import Grid, Rescale, mirrored
+from segcore.spec import Cost, Mode, Sight, format_bytes
+
+Index = tuple[int, ...]
+
+#: Bytes of a worker process with its libraries before it holds any tile (measured: rasterio, torch, onnxruntime, dask).
+PROCESS_BYTES = 450 * 2**20
+#: Pixels of a core beyond which a larger one saves little and a lost one costs much.
+LARGEST_CORE = 2**22
+#: Tiles of a process that are under way at once: one read, one inferred, one written.
+TILES_IN_FLIGHT = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """The unit of work. `core` and `read` are boxes on the scene's grid, `target` and `windows` on the network's.
+
+    `target` is where scores are needed to label the core. A window may reach outside the network's grid; it is
+    padded there.
+    """
+
+    index: Index
+    core: Box
+    read: Box
+    target: Box
+    windows: tuple[Box, ...]
+
+    @property
+    def hull(self) -> Box:
+        """The smallest box around the tile's windows."""
+        hull = self.windows[0]
+        for window in self.windows[1:]:
+            hull |= window
+        return hull
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The tiling of one scene.
+
+    `grid`: the scene's; `lattice`: shape of the network's grid (pixels); `core`: shape of a core on the scene's grid;
+    `memory`: predicted peak of one worker process, in bytes. Tiles are made on demand, so a plan of a million of
+    them is as small as a plan of one.
+    """
+
+    grid: Grid
+    lattice: tuple[int, ...]
+    sight: Sight
+    mode: Literal["exact", "blend"]
+    core: tuple[int, ...]
+    memory: int
+
+    @property
+    def rescale(self) -> Rescale:
+        return Rescale(self.grid.shape, self.lattice)
+
+    @property
+    def counts(self) -> Index:
+        """Number of tiles per axis."""
+        return tuple(-(-n // c) for n, c in zip(self.grid.shape, self.core, strict=True))
+
+    def __len__(self) -> int:
+        return prod(self.counts)
+
+    def indices(self) -> Iterator[Index]:
+        """Every tile's index, in the order of the scene's array."""
+        return product(*map(range, self.counts))
+
+    @property
+    def halo(self) -> tuple[int, ...]:
+        """Exact mode: what a window shows around its target, in pixels of the network's grid."""
+        stride, reach = self.sight.stride, self.sight.reach
+        if self.mode != "exact" or reach is None:
+            return (0,) * len(stride)
+        return tuple(-(-r // s) * s for r, s in zip(reach, stride, strict=True))
+
+    @property
+    def window_counts(self) -> tuple[int, ...]:
+        """Blend mode: number of windows per axis of the lattice that covers the whole scene."""
+        assert self.sight.window is not None
+        triples = zip(self.lattice, self.sight.window, self.sight.step, strict=True)
+        return tuple(max(1, -(-(n - w) // s) + 1) for n, w, s in triples)
+
+    def core_box(self, index: Index) -> Box:
+        """The core of a tile; the last one of an axis ends at the edge of the scene."""
+        start = tuple(i * c for i, c in zip(index, self.core, strict=True))
+        stop = tuple(min(a + c, n) for a, c, n in zip(start, self.core, self.grid.shape, strict=True))
+        return Box(start, stop)
+
+    def tile(self, index: Index) -> Tile:
+        """The tile of this index. Raises IndexError outside the plan."""
+        if not all(0 <= i < n for i, n in zip(index, self.counts, strict=True)):
+            raise IndexError(f"tile {index} is outside a plan of {self.counts} tiles")
+        core = self.core_box(index)
+        target = self.rescale.inverse().support(core)
+        windows = (self._exact_window(target),) if self.mode == "exact" else tuple(self._lattice_windows(target))
+        hull = windows[0] | windows[-1]
+        read = self.rescale.support(mirrored(hull, self.lattice))
+        return Tile(index, core, read, target, windows)
+
+    def _exact_window(self, target: Box) -> Box:
+        """The target and its halo, on multiples of the stride, and never past the border of the scene.
+
+        There it ends where the whole scene, padded to the stride, would end, so that the network pads a tile where
+        it would pad the whole.
+        """
+        whole = Box.of(self.lattice).snap(self.sight.stride)
+        return target.snap(self.sight.stride).grow(self.halo) & whole
+
+    def _lattice_windows(self, target: Box) -> Iterator[Box]:
+        """Every window of the scene's lattice that touches the target, in the order of the lattice."""
+        assert self.sight.window is not None
+        ranges = []
+        for a, b, w, s, count in zip(
+            target.start, target.stop, self.sight.window, self.sight.step, self.window_counts, strict=True
+        ):
+            first = max(0, (a - w) // s + 1)
+            last = min(count - 1, (b - 1) // s)
+            ranges.append(range(first, last + 1))
+        for index in product(*ranges):
+            start = tuple(i * s for i, s in zip(index, self.sight.step, strict=True))
+            yield Box(start, tuple(a + w for a, w in zip(start, self.sight.window, strict=True)))
+
+    @property
+    def work(self) -> float:
+        """Pixels that the network computes, relative to the scene's (1.00: not one of them twice)."""
+        if self.mode == "blend":
+            # Windows of an axis do not depend on the other axes: count them per axis, not per tile.
+            per_axis = [self._windows_along(axis) for axis in range(len(self.core))]
+            assert self.sight.window is not None
+            return prod(per_axis) * prod(self.sight.window) / prod(self.lattice)
+        lengths = []
+        for axis, count in enumerate(self.counts):
+            index = [0] * len(self.core)
+            total = 0
+            for i in range(count):
+                index[axis] = i
+                total += self._exact_window(self.rescale.inverse().support(self.core_box(tuple(index)))).shape[axis]
+            lengths.append(total)
+        return prod(lengths) / prod(self.lattice)
+
+    def _windows_along(self, axis: int) -> int:
+        total = 0
+        index = [0] * len(self.core)
+        for i in range(self.counts[axis]):
+            index[axis] = i
+            starts = {window.start[axis] for window in self.tile(tuple(index)).windows}
+            total += len(starts)
+        return total
+
+
+def make_plan(
+    grid: Grid,
+    lattice: tuple[int, ...],
+    sight: Sight,
+    cost: Cost,
+    memory: int,
+    *,
+    core: tuple[int, ...] | None = None,
+    mode: Mode = "auto",
+) -> Plan:
+    """The tiling of a scene that fits `memory` bytes, with the largest sensible core, or with cores of this shape.
+
+    Exact mode is taken for a local network, blend mode for one that has a window; a network that is neither is run
+    on the whole scene in one piece. Raises PlanError, with the numbers, for what cannot work.
+    """
+    chosen = _choose_mode(sight, mode)
+    whole_only = chosen == "exact" and not sight.local
+
+    def plan_of(core: tuple[int, ...]) -> Plan:
+        bare = Plan(grid, lattice, sight, chosen, core, 0)
+        return Plan(grid, lattice, sight, chosen, core, _predict_memory(bare, cost))
+
+    if whole_only:
+        if core is not None and any(n > c for n, c in zip(grid.shape, core, strict=True)):
+            raise PlanError(
+                f"tiles of {_times(core)} would cut a scene of {grid} pixels, but this network is not local and has no "
+                f"window: it needs the whole scene at once; leave --tile out"
+            )
+        plan = plan_of(grid.shape)
+        if plan.memory > memory:
+            raise PlanError(
+                f"the whole scene of {grid} pixels x {cost.channels} channels needs {format_bytes(plan.memory)} of the "
+                f"{format_bytes(memory)} budget, and this network cannot be tiled (it is not local and its card has "
+                f"no window); use --memory {_round_up(plan.memory)}"
+            )
+        return plan
+    if core is not None:
+        plan = plan_of(tuple(min(n, c) for n, c in zip(grid.shape, core, strict=True)))
+        if plan.memory > memory:
+            raise PlanError(
+                f"tiles of {_times(plan.core)} pixels x {cost.channels} channels need {format_bytes(plan.memory)} of "
+                f"the {format_bytes(memory)} budget; use --memory {_round_up(plan.memory)} or a smaller --tile"
+            )
+        return plan
+    for side in _sides(grid, lattice, sight, chosen):
+        plan = plan_of(tuple(min(n, s) for n, s in zip(grid.shape, side, strict=True)))
+        if plan.memory <= memory:
+            return plan
+    raise PlanError(
+        f"even tiles of {_times(plan.core)} pixels x {cost.channels} channels need "
+        f"{format_bytes(plan.memory)} of the {format_bytes(memory)} budget; use --memory {_round_up(plan.memory)}"
+    )
+
+
+def _choose_mode(sight: Sight, mode: Mode) -> Literal["exact", "blend"]:
+    if mode == "exact":
+        if sight.fixed:
+            raise PlanError(
+                f"--mode exact needs a network that takes any size, and this one only takes "
+                f"{_times(sight.window or ())}; use --mode blend"
+            )
+        if not sight.local and sight.window is not None:
+            raise PlanError(
+                "--mode exact needs a local network, and this one sees the whole of its window "
+                "(instance norm, squeeze-excite or attention); use --mode blend"
+            )
+        return "exact"
+    if mode == "blend":
+        if sight.window is None:
+            raise PlanError("--mode blend needs a window, and the model's card has none; use --mode exact")
+        return "blend"
+    if sight.local and not sight.fixed:
+        return "exact"
+    return "exact" if sight.window is None else "blend"
+
+
+def _sides(
+    grid: Grid, lattice: tuple[int, ...], sight: Sight, mode: Literal["exact", "blend"]
+) -> Iterator[tuple[int, ...]]:
+    """Shapes of cores to try, largest first: whole multiples of the window step, or of the stride."""
+    unit = sight.step if mode == "blend" else sight.stride
+    # The network's pixels per pixel of the scene: a core is chosen on the scene's grid.
+    native = [max(1, u * n // m) for u, n, m in zip(unit, grid.shape, lattice, strict=True)]
+    side = max(1, round(LARGEST_CORE ** (1 / len(native))))
+    while True:
+        shape = tuple(max(u, side // u * u) for u in native)
+        yield shape
+        if shape == tuple(native):
+            return
+        side = side * 3 // 4
+
+
+def _predict_memory(plan: Plan, cost: Cost) -> int:
+    """Bytes of one worker process at its peak: arrays of the tiles under way, and one window in the engine."""
+    middle = plan.tile(tuple(n // 2 for n in plan.counts))
+    hull, window = middle.hull.size, middle.windows[0].size
+    array = 4 * cost.channels * (2 * middle.read.size + 2 * hull)
+    scores = 4 * cost.classes * (2 * middle.target.size + middle.core.size) + 8 * middle.core.size
+    in_flight = min(TILES_IN_FLIGHT, len(plan))
+    engine = cost.fixed_bytes + int(cost.engine_bytes_per_pixel * window)
+    return PROCESS_BYTES + in_flight * (array + scores) + engine
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _round_up(count: int) -> str:
+    mib = -(-count // 2**20)
+    return f"{mib}MiB" if mib < 1024 else f"{-(-mib * 10 // 1024) / 10:.1f}GiB"

@@ -1,0 +1,219 @@
+"""From scratch to product: write, verify, move into place, and the manifest last.
+
+Everything is made in a hidden folder on the target's own file system and moved when it is whole. The manifest is the
+commit mark: it is removed before the first file of a new product is moved and written after the last, so a product
+with a manifest is whole, and one without is not there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from segcore.errors import ProductError
+from segcore.io.files import sha256_of
+from segcore.io.scratch import Scratch
+from segcore.io.source import Legend, Source, sample_positions, slabs
+from segcore.io.stac import Asset, manifest_item
+from segcore.model.card import Card
+from segcore.quicklook import View, draw_quicklook, preview_shape
+
+
+@dataclass(frozen=True, slots=True)
+class ClassShare:
+    """How much of the valid part of a scene a class holds: pixels, fraction (0 to 1), area in m2 or volume in ml."""
+
+    index: int
+    name: str
+    pixels: int
+    fraction: float
+    measure: tuple[float, str] | None
+
+    def to_json(self) -> dict[str, Any]:
+        out = {"index": self.index, "name": self.name, "pixels": self.pixels, "fraction": round(self.fraction, 6)}
+        if self.measure is not None:
+            amount, unit = self.measure
+            out[{"m2": "area_m2", "ml": "volume_ml"}[unit]] = round(amount, 3)
+        return out
+
+
+def legend_of(card: Card) -> Legend:
+    """The card's classes as the formats want them."""
+    return Legend(tuple((label.index, label.name, label.color) for label in card.classes), card.label_nodata)
+
+
+def class_shares(scratch: Scratch, source: Source, legend: Legend) -> list[ClassShare]:
+    """What each class holds, from one pass over the labels."""
+    counts = np.zeros(256, np.int64)
+    for box in slabs(source.grid):
+        counts += np.bincount(scratch.read(box).ravel(), minlength=256)
+    valid = int(counts.sum() - counts[legend.nodata])
+    shares = []
+    for index, name, _ in legend.classes:
+        pixels = int(counts[index])
+        measure = (pixels * source.cell[0], source.cell[1]) if source.cell else None
+        shares.append(ClassShare(index, name, pixels, pixels / valid if valid else 0.0, measure))
+    return shares
+
+
+def manifest_path(out: Path, name: str) -> Path:
+    """Where the manifest of a scene's product lies."""
+    return out / name / f"{name}.json"
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """The manifest, None where there is none that can be read (then there is no product)."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return document if isinstance(document, dict) else None
+
+
+def is_current(path: Path, fingerprint: str) -> bool:
+    """Whether the product with this manifest was made of the same input, model and settings, and has all its files."""
+    document = read_manifest(path)
+    if document is None or document.get("properties", {}).get("segflow:fingerprint") != fingerprint:
+        return False
+    for asset in document.get("assets", {}).values():
+        try:
+            if (path.parent / asset["href"]).stat().st_size != asset["file:size"]:
+                return False
+        except (OSError, KeyError):
+            return False
+    return True
+
+
+def publish(
+    out: Path,
+    hidden: Path,
+    source: Source,
+    scratch: Scratch,
+    card: Card,
+    shares: list[ClassShare],
+    properties: Mapping[str, Any],
+    *,
+    scores: bool,
+) -> dict[str, Any]:
+    """Make the product of a finished scene in `out`, by way of `hidden`. Returns its manifest. Raises ProductError."""
+    legend, name = legend_of(card), source.name
+    when = source.datetime or str(properties["created"])
+    try:
+        hidden.mkdir(parents=True, exist_ok=True)
+        assets: dict[str, Asset] = {}
+        files: list[Path] = []
+        mask = source.frame.write_labels(hidden / f"{name}_mask{source.frame.suffix}", scratch, legend)
+        source.frame.verify(mask[0], scratch)
+        assets["mask"] = _asset(mask[0], "Class of every pixel", ("data", "labels"), _class_fields(card))
+        for sidecar in mask[1:]:
+            assets["mask_legend"] = _asset(sidecar, "Class names and colours, for GDAL and QGIS", ("metadata",), {})
+        files += mask
+        if scores:
+            written = source.frame.write_scores(hidden / f"{name}_scores{source.frame.suffix}", scratch, legend)
+            fields = {"data_type": "float32", "bands": [{"name": label.name} for label in card.classes]}
+            assets["scores"] = _asset(written[0], "Score of every class", ("data",), fields)
+            files += written
+        picture = draw_quicklook(
+            hidden / f"{name}_quicklook.png", _view(source, scratch, card), legend, {s.index: s.fraction for s in shares}
+        )
+        assets["quicklook"] = _asset(picture, "Image, mask and legend", ("overview", "thumbnail"), {})
+        files.append(picture)
+        document = manifest_item(
+            name, source.frame.footprint(), when, {**source.frame.properties(), **properties}, assets
+        )
+        link = {"rel": "derived_from", "href": source.uri, "title": "The scene that was labelled"}
+        document["links"] = [*document.get("links", []), link]
+        _move(files, document, manifest_path(out, name))
+    except OSError as error:
+        raise ProductError(
+            f"cannot publish {out / name}: {error.strerror or error}; free some space or choose another --out",
+            retryable=True,
+        ) from error
+    return document
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Write a JSON file in one step: it is there whole, or as it was."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(document, file, indent=2, ensure_ascii=False, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def _move(files: list[Path], document: Mapping[str, Any], manifest: Path) -> None:
+    """The commit: old manifest away, new files in place, files of an older product away, new manifest."""
+    folder = manifest.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        _sync(file)
+    older = read_manifest(manifest)
+    manifest.unlink(missing_ok=True)
+    for file in files:
+        os.replace(file, folder / file.name)
+    if older is not None:
+        kept = {file.name for file in files}
+        for asset in older.get("assets", {}).values():
+            name = Path(str(asset.get("href", ""))).name
+            if name and name not in kept:
+                (folder / name).unlink(missing_ok=True)
+    _sync(folder)
+    write_json(manifest, document)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+_MEDIA_TYPES = {
+    ".tif": "image/tiff; application=geotiff; profile=cloud-optimized",
+    ".gz": "application/x-nifti",
+    ".png": "image/png",
+    ".xml": "application/xml",
+    ".npy": "application/octet-stream",
+}
+
+
+def _asset(path: Path, title: str, roles: tuple[str, ...], fields: Mapping[str, Any]) -> Asset:
+    # A multihash: 0x12 says SHA-256, 0x20 says 32 bytes.
+    facts = {"file:size": path.stat().st_size, "file:checksum": f"1220{sha256_of(path)}"}
+    return Asset(f"./{path.name}", title, _MEDIA_TYPES[path.suffix], roles, {**facts, **fields})
+
+
+def _class_fields(card: Card) -> dict[str, Any]:
+    classes = [
+        {
+            "value": label.index,
+            "name": label.name.replace(" ", "-"),
+            "description": label.name,
+            "color_hint": "".join(f"{part:02X}" for part in label.color),
+        }
+        for label in card.classes
+    ]
+    nodata = {"value": card.label_nodata, "name": "nodata", "description": "not valid in the scene", "nodata": True}
+    return {"data_type": "uint8", "nodata": card.label_nodata, "classification:classes": [*classes, nodata]}
+
+
+def _view(source: Source, scratch: Scratch, card: Card) -> View:
+    """The scene and its labels at the same positions, thinned."""
+    shape = preview_shape(source.grid.shape)
+    positions = [sample_positions(n, m) for n, m in zip(source.grid.shape, shape, strict=True)]
+    labels = scratch.pick(positions)
+    # Relative size of a preview pixel: what counts is the proportion.
+    size = source.spacing or (1.0,) * len(shape)
+    spacing = tuple(s * n / m for s, n, m in zip(size, source.grid.shape, shape, strict=True))
+    title = f"{source.name}  ·  {card.name} {card.version}"
+    return View(title, source.grid.axes, source.channels, source.overview(shape), labels, spacing)

@@ -1,0 +1,322 @@
+"""The whole story of one scene, top to bottom.
+
+    job -> card, headers -> up to date?  -> plan, or a refusal with numbers -> statistics of the scene
+        -> tiles to the workers, labels to scratch -> publish: write, verify, move, manifest last
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+from uuid import uuid4
+
+import numpy as np
+
+from segcore.errors import PlanError, ProductError, SceneError, SegcoreError
+from segcore.execute import Recipe, TileReport, Workers, free_memory, label_tiles
+from segcore.grid import Grid
+from segcore.io import open_scene
+from segcore.io.scratch import Scratch
+from segcore.io.source import Source, Wanted
+from segcore.model.card import Card, Model, load_card
+from segcore.plan import Plan, make_plan
+from segcore.publish import ClassShare, class_shares, is_current, legend_of, manifest_path, publish
+from segcore.scaling import Scaling, fit_scaling
+from segcore.spec import Job
+
+#: Raised whenever a change of this code may change a pixel of a product: old products are then made again.
+PIXEL_VERSION = 1
+#: Folder inside the output folder for what is not finished.
+HIDDEN = ".segflow"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a scene ended. `windows` were inferred; `tiles_kept` were there already, of a run that was interrupted."""
+
+    state: Literal["done", "up to date"]
+    name: str
+    uri: str
+    product: str
+    seconds: float
+    tiles: int = 0
+    tiles_kept: int = 0
+    windows: int = 0
+    engine: str = ""
+    shares: tuple[ClassShare, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Prospect:
+    """What is known of a job before any heavy work: headers, card, plan and the fingerprint of the product."""
+
+    job: Job
+    model: Model
+    source: Source
+    plan: Plan
+    fingerprint: str
+
+    @property
+    def hidden(self) -> Path:
+        """Where the unfinished product of this scene lies."""
+        return Path(self.job.out).absolute() / HIDDEN / self.source.name
+
+    @property
+    def scratch_root(self) -> Path:
+        core = "x".join(map(str, self.plan.core))
+        return self.hidden / f"{self.fingerprint[:16]}-{core}"
+
+
+Progress = Callable[[str, int, int], None]
+"""Called with the scene's name, tiles done and tiles in all, whenever these change."""
+
+
+def survey(job: Job) -> Prospect:
+    """Read card and headers, and plan. Raises SegcoreError for what cannot work, before any heavy work."""
+    model = load_card(job.model)
+    source = open_scene(job.uri, wanted_by(model.card), job.settings)
+    fingerprint = _fingerprint(job, model, source)
+    lattice = network_lattice(source, model.card)
+    sight = model.card.sight(job.settings.overlap)
+    memory = job.settings.memory or free_memory() // 2
+    side = job.settings.tile
+    core = (side,) * len(lattice) if side else _interrupted_core(job, source.name, fingerprint)
+    try:
+        plan = make_plan(source.grid, lattice, sight, model.card.cost(), memory, core=core, mode=job.settings.mode)
+    except PlanError:
+        if side or core is None:
+            raise
+        plan = make_plan(source.grid, lattice, sight, model.card.cost(), memory, mode=job.settings.mode)
+    return Prospect(job, model, source, plan, fingerprint)
+
+
+def segment_scene(job: Job, workers: Workers, progress: Progress = lambda *_: None) -> Outcome:
+    """Label one scene, or find that its product is up to date. Raises SegcoreError; then there is no new product.
+
+    After a kill at any moment the same call goes on with the tiles that were finished, and ends with the same bytes.
+    """
+    began = time.perf_counter()
+    prospect = survey(job)
+    source, plan, card = prospect.source, prospect.plan, prospect.model.card
+    manifest = manifest_path(Path(job.out).absolute(), source.name)
+    if is_current(manifest, prospect.fingerprint):
+        return Outcome("up to date", source.name, source.uri, str(manifest), time.perf_counter() - began, len(plan))
+    check_range(source, card)
+    prospect.model.weights()
+    with _locked(prospect.hidden):
+        try:
+            created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+            scratch = Scratch.create(
+                prospect.scratch_root,
+                source.grid,
+                plan.core,
+                card.label_nodata,
+                len(card.classes) if job.settings.scores else None,
+            )
+            source = source.stage(prospect.hidden / "staged")
+            scaling = _fit_once(card, source, scratch)
+            recipe = Recipe(uuid4().hex, plan, prospect.model, source, scaling, scratch)
+            prepared = time.perf_counter()
+            kept, reports = _label_all(recipe, workers, progress)
+            labelled = time.perf_counter()
+            shares = class_shares(scratch, source, legend_of(card))
+            if not any(share.pixels for share in shares):
+                raise SceneError(
+                    f"{source.uri} has no valid pixel: all {source.grid.size} are nodata; check its nodata value and bands"
+                )
+            engine = next((report.engine for report in reports), "")
+            facts = {
+                **provenance(prospect, created, engine),
+                "segflow:classes": [share.to_json() for share in shares],
+                "segflow:valid_fraction": round(sum(share.pixels for share in shares) / source.grid.size, 6),
+                "segflow:scaling": scaling.to_json(),
+                "segflow:tiles": {"total": len(plan), "kept_of_an_interrupted_run": kept},
+                "segflow:seconds": {
+                    "prepare": round(prepared - began, 3),
+                    "label": round(labelled - prepared, 3),
+                    "read_and_scale": round(sum(report.read_seconds for report in reports), 3),
+                    "infer": round(sum(report.infer_seconds for report in reports), 3),
+                    "store": round(sum(report.write_seconds for report in reports), 3),
+                },
+            }
+            publish(
+                Path(job.out).absolute(),
+                prospect.hidden / "publish",
+                source,
+                scratch,
+                card,
+                shares,
+                facts,
+                scores=job.settings.scores,
+            )
+        except SegcoreError as error:
+            if not error.retryable:
+                shutil.rmtree(prospect.hidden, ignore_errors=True)
+            raise
+        shutil.rmtree(prospect.hidden, ignore_errors=True)
+    return Outcome(
+        "done",
+        source.name,
+        source.uri,
+        str(manifest),
+        time.perf_counter() - began,
+        len(plan),
+        kept,
+        sum(report.windows for report in reports),
+        engine,
+        tuple(shares),
+        source.warnings,
+    )
+
+
+def wanted_by(card: Card) -> Wanted:
+    """What a card wants to see of a scene."""
+    return Wanted(tuple(channel.name for channel in card.channels), card.axes, card.orientation)
+
+
+def network_lattice(source: Source, card: Card) -> tuple[int, ...]:
+    """Shape of the grid that the network sees: the scene's, or one with the spacing that the card wants."""
+    grid: Grid = source.grid
+    if card.spacing is None:
+        return grid.shape
+    if source.spacing is None:
+        raise SceneError(
+            f"{source.uri} does not say how large its pixels are in metres, and {card.name} wants "
+            f"{' x '.join(map(str, card.spacing))}; reproject it to a projected CRS (gdalwarp)"
+        )
+    sizes = zip(grid.shape, source.spacing, card.spacing, strict=True)
+    return tuple(max(1, round(n * have / want)) for n, have, want in sizes)
+
+
+def check_range(source: Source, card: Card) -> None:
+    """Look at the scene from afar. Raises SceneError where a channel is nowhere near what the model was made for."""
+    if not any(channel.valid_range for channel in card.channels):
+        return
+    preview = source.overview(tuple(min(n, 256) for n in source.grid.shape))
+    for values, channel in zip(preview, card.channels, strict=True):
+        valid = values[~np.isnan(values)]
+        if channel.valid_range is None or not valid.size:
+            continue
+        low, high = channel.valid_range
+        median = float(np.median(valid))
+        if not low <= median <= high:
+            raise SceneError(
+                f"{source.uri}: half of {channel.name} lies above {median:g}, and {card.name} wants {channel.units} "
+                f"from {low:g} to {high:g}; say how stored numbers become {channel.units} with --scale and --offset, "
+                f"or in a STAC Item (raster:bands)"
+            )
+
+
+def provenance(prospect: Prospect, created: str, engine: str) -> dict[str, Any]:
+    """The part of a manifest that is known before the first tile: input, model, settings, plan and versions."""
+    card, plan, source = prospect.model.card, prospect.plan, prospect.source
+    model = {"name": card.name, "version": card.version, "digest": prospect.model.digest, "license": card.license}
+    model |= {"citation": card.citation, "engine": engine, "weights_sha256": card.artifacts[0].sha256}
+    tiling = {"mode": plan.mode, "core": list(plan.core), "counts": list(plan.counts), "lattice": list(plan.lattice)}
+    tiling |= {"halo": list(plan.halo)} if plan.mode == "exact" else {}
+    if plan.mode == "blend":
+        tiling |= {"window": list(plan.sight.window or ()), "step": list(plan.sight.step), "weights": "hann"}
+    tiling |= {"work": round(plan.work, 4), "predicted_memory_bytes": plan.memory}
+    return {
+        "created": created,
+        "segflow:fingerprint": prospect.fingerprint,
+        "segflow:datetime_is": "acquisition" if source.datetime else "processing: the scene does not say when it was taken",
+        "segflow:input": {"uri": source.uri, "identity": dict(source.identity())},
+        "segflow:model": model,
+        "segflow:settings": asdict(prospect.job.settings),
+        "segflow:plan": tiling,
+        "segflow:versions": {"python": platform.python_version(), **_versions()},
+        "segflow:warnings": list(source.warnings),
+    }
+
+
+def _label_all(recipe: Recipe, workers: Workers, progress: Progress) -> tuple[int, list[TileReport]]:
+    """Label every tile that scratch does not hold. Returns how many it held, and reports of the others."""
+    done = recipe.scratch.done()
+    total, reports = len(recipe.plan), []
+    progress(recipe.source.name, len(done), total)
+    todo = (index for index in recipe.plan.indices() if index not in done)
+    for report in label_tiles(recipe, todo, workers):
+        reports.append(report)
+        progress(recipe.source.name, len(done) + len(reports), total)
+    missing = total - len(recipe.scratch.present())
+    if missing:
+        raise ProductError(f"{missing} of {total} tiles are not in {recipe.scratch.root}; report this bug")
+    return len(done), reports
+
+
+def _fit_once(card: Card, source: Source, scratch: Scratch) -> Scaling:
+    """The scene's statistics: kept beside its tiles, so that a restart takes the very same numbers."""
+    path = scratch.root / "scaling.json"
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return Scaling.from_json(json.loads(path.read_text()))
+    scaling = fit_scaling(card.scaling, source)
+    partial = path.with_suffix(".partial")
+    try:
+        partial.write_text(json.dumps(scaling.to_json()))
+        os.replace(partial, path)
+    except OSError as error:
+        raise ProductError(f"cannot write {path}: {error.strerror or error}", retryable=True) from error
+    return scaling
+
+
+def _fingerprint(job: Job, model: Model, source: Source) -> str:
+    """SHA-256 of all that a product depends on: input, model, settings, and the version of the arithmetic."""
+    parts = {
+        "pixels": PIXEL_VERSION,
+        "input": source.identity(),
+        "model": model.digest,
+        "settings": job.settings.pixels(),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _interrupted_core(job: Job, name: str, fingerprint: str) -> tuple[int, ...] | None:
+    """The core of a run that was interrupted, so that its tiles can be used whatever memory is free today."""
+    for folder in sorted((Path(job.out) / HIDDEN / name).glob(f"{fingerprint[:16]}-*")):
+        with contextlib.suppress(ValueError):
+            return tuple(int(side) for side in folder.name.partition("-")[2].split("x"))
+    return None
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the hidden folder of a scene against other runs; the lock goes with the process, however that ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise ProductError(f"cannot write to {folder}: {error.strerror or error}; choose another --out") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ProductError(f"{folder} is in use by another run; wait for it to end", retryable=True) from error
+        yield
+    finally:
+        os.close(descriptor)
+        with contextlib.suppress(OSError):
+            folder.parent.rmdir()  # only when it is empty
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("segflow", "numpy", "onnxruntime", "torch", "rasterio", "nibabel", "zarr", "distributed"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+

@@ -1,0 +1,144 @@
+"""What is asked for, and what the planner has to know about a network: plain values, checked when made."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from segcore.errors import PlanError
+
+Mode = Literal["auto", "exact", "blend"]
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_DECIMAL = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from a text such as `4GiB`, `500MB` or `2g` (a bare letter counts in powers of 1024).
+
+    Raises PlanError for anything else, and for amounts that are not positive.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?B)?\s*", text.upper())
+    if match is None or float(match[1]) <= 0:
+        raise PlanError(f"--memory {text!r} is no amount of memory; give a positive number with a unit, such as 4GiB")
+    scale = _DECIMAL[match[2]] if match[2] and match[3] == "B" else _UNITS[match[2]]
+    return int(float(match[1]) * scale)
+
+
+def format_bytes(count: float) -> str:
+    """`9.7 GiB` and the like."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """How a network looks at its input: all that tiling has to know, in pixels of the grid that the network sees.
+
+    `stride`: total downsampling per axis; `reach`: how far an output sees per axis, None where the network is not
+    local; `window`: the size that it is run at in blend mode, None for any size (the whole scene at once);
+    `fixed`: whether it accepts no other size than `window`; `overlap`: pixels that neighbouring windows share.
+    Raises PlanError where these contradict each other.
+    """
+
+    stride: tuple[int, ...]
+    reach: tuple[int, ...] | None
+    window: tuple[int, ...] | None = None
+    overlap: tuple[int, ...] | None = None
+    fixed: bool = False
+
+    def __post_init__(self) -> None:
+        if any(s < 1 for s in self.stride):
+            raise PlanError(f"stride {self.stride} must be 1 or more on every axis")
+        if self.reach is not None and any(r < 0 for r in self.reach):
+            raise PlanError(f"reach {self.reach} must not be negative")
+        if self.window is None:
+            if self.fixed or self.overlap is not None:
+                raise PlanError("a fixed window or an overlap needs a window size")
+            return
+        if any(w < 1 or w % s for w, s in zip(self.window, self.stride, strict=True)):
+            raise PlanError(f"window {self.window} must be a multiple of the stride {self.stride}")
+        for o, w, s in zip(self.overlap or (0,) * len(self.window), self.window, self.stride, strict=True):
+            if not 0 <= o < w or (w - o) % s:
+                raise PlanError(
+                    f"overlap {o} does not fit a window of {w}: it must be 0 to {w - s}, and {w} minus it a multiple "
+                    f"of the stride {s}"
+                )
+
+    @property
+    def local(self) -> bool:
+        return self.reach is not None
+
+    @property
+    def step(self) -> tuple[int, ...]:
+        """Distance of neighbouring windows, in pixels per axis."""
+        assert self.window is not None
+        overlap = self.overlap or (0,) * len(self.window)
+        return tuple(w - o for w, o in zip(self.window, overlap, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one pixel costs the planner. Bytes are those that a window holds while it is inferred, per input pixel."""
+
+    channels: int
+    classes: int
+    engine_bytes_per_pixel: float
+    fixed_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The choices of a run. Those in `pixels()` may change a pixel of the product; the others never do.
+
+    `memory`: bytes, None for half of what is free; `tile`: side of a core in pixels, None to let the plan choose;
+    `overlap`: pixels that windows share in blend mode, None for the card's; `bands`: names of the bands of a raster
+    that does not name them, in file order; `scale`, `offset`: of a raster that carries none, stored x scale + offset.
+    """
+
+    memory: int | None = None
+    tile: int | None = None
+    mode: Mode = "auto"
+    overlap: int | None = None
+    scores: bool = False
+    bands: tuple[str, ...] | None = None
+    scale: float | None = None
+    offset: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.tile is not None and self.tile < 1:
+            raise PlanError(f"--tile {self.tile} must be 1 pixel or more")
+        if self.memory is not None and self.memory < 1:
+            raise PlanError(f"--memory {self.memory} must be positive")
+        if self.mode not in ("auto", "exact", "blend"):
+            raise PlanError(f"--mode {self.mode!r} must be auto, exact or blend")
+        if self.overlap is not None and self.overlap < 0:
+            raise PlanError(f"--overlap {self.overlap} must not be negative")
+        if self.scale is not None and self.scale == 0:
+            raise PlanError("--scale 0 would make every pixel the same")
+
+    def pixels(self) -> dict[str, Any]:
+        """The settings that a product depends on, as JSON values: part of its fingerprint."""
+        kept = asdict(self)
+        del kept["memory"], kept["tile"]
+        return kept
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One scene to label: its URI, the model (name or folder), the output folder and the settings."""
+
+    uri: str
+    model: str
+    out: str
+    settings: Settings = field(default_factory=Settings)
+
+
+def usable_cores() -> int:
+    """How many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

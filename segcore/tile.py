@@ -1,0 +1,147 @@
+"""The only per-tile function: read, scale, infer, crop or blend, label."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from segcore.box import Box
+from segcore.errors import ModelError
+from segcore.grid import mirrored
+from segcore.io.source import Floats, Labels, Source
+from segcore.model.card import Card
+from segcore.model.segmenter import Segmenter
+from segcore.plan import Plan, Tile
+from segcore.resample import interpolate
+from segcore.scaling import Scaling
+
+
+@dataclass(frozen=True, slots=True)
+class TileResult:
+    """Labels (*core), scores (K, *core) in float32, and what it took: seconds to read and scale, seconds to infer."""
+
+    labels: Labels
+    scores: Floats
+    valid: int
+    windows: int
+    read_seconds: float
+    infer_seconds: float
+
+
+def label_tile(tile: Tile, plan: Plan, card: Card, source: Source, scaling: Scaling, segmenter: Segmenter) -> TileResult:
+    """Label one tile. A tile without a valid pixel in its core is not inferred.
+
+    A pixel is valid where every channel is. Where two classes score alike the lower index wins. Raises SceneError,
+    ModelError.
+    """
+    began = time.perf_counter()
+    values = source.read(tile.read)
+    core = values[(slice(None), *tile.core.slices(tile.read.start))]
+    valid: NDArray[np.bool_] = ~np.isnan(core).any(axis=0)
+    count = int(np.count_nonzero(valid))
+    if count == 0:
+        labels = np.full(tile.core.shape, card.label_nodata, np.uint8)
+        scores = np.full((len(card.classes), *tile.core.shape), np.nan, np.float32)
+        return TileResult(labels, scores, 0, 0, time.perf_counter() - began, 0.0)
+    image = _network_image(scaling(values), tile, plan, card.padding)
+    read = time.perf_counter()
+    target = _target_scores(image, tile, plan, card, segmenter)
+    scores = interpolate(target, tile.target, plan.rescale.inverse(), tile.core)
+    labels = np.where(valid, _decide(scores), np.uint8(card.label_nodata))
+    scores = np.where(valid, scores, np.float32(np.nan))
+    done = time.perf_counter()
+    return TileResult(labels, scores, count, len(tile.windows), read - began, done - read)
+
+
+def _network_image(scaled: Floats, tile: Tile, plan: Plan, padding: str) -> Floats:
+    """The hull of the tile's windows on the network's lattice, (C, *hull), padded where it reaches outside."""
+    hull = tile.hull
+    seen = mirrored(hull, plan.lattice)
+    image = interpolate(scaled, tile.read, plan.rescale, seen)
+    lattice = Box.of(plan.lattice)
+    inside = hull & lattice
+    margins = [(0, 0)] + [
+        (a - h, k - b)
+        for a, h, b, k in zip(inside.start, hull.start, inside.stop, hull.stop, strict=True)
+    ]
+    if not any(before or after for before, after in margins):
+        return image[(slice(None), *inside.slices(seen.start))]
+    mode = {"symmetric": "symmetric", "edge": "edge", "zero": "constant"}[padding]
+    if mode != "symmetric":
+        image = image[(slice(None), *inside.slices(seen.start))]
+        return np.pad(image, margins, mode=mode)  # type: ignore[call-overload, no-any-return]
+    # What is mirrored may reach further in than the windows do: pad all that was seen, then cut out the hull.
+    outer = [(0, 0)] + [
+        (max(0, -h), max(0, k - n)) for h, k, n in zip(hull.start, hull.stop, plan.lattice, strict=True)
+    ]
+    padded = np.pad(image, outer, mode="symmetric")
+    origin = tuple(s - before for s, (before, _) in zip(seen.start, outer[1:], strict=True))
+    return padded[(slice(None), *hull.slices(origin))]
+
+
+def _target_scores(image: Floats, tile: Tile, plan: Plan, card: Card, segmenter: Segmenter) -> Floats:
+    """Scores of the tile's target, (K, *target), from one window (exact) or gathered from several (blend)."""
+    origin, target = tile.hull.start, tile.target
+    total = np.zeros((len(card.classes), *target.shape), np.float32)
+    weights = np.zeros(target.shape, np.float32)
+    for window, scores in _window_scores(image, origin, tile.windows, card, segmenter):
+        seen = window & target
+        part = scores[(slice(None), *seen.slices(window.start))]
+        if plan.mode == "exact":
+            return part
+        weight = window_weights(window.shape)[seen.slices(window.start)]
+        at = seen.slices(target.start)
+        total[(slice(None), *at)] += part * weight
+        weights[at] += weight
+    return total / weights
+
+
+def _window_scores(
+    image: Floats, origin: tuple[int, ...], windows: tuple[Box, ...], card: Card, segmenter: Segmenter
+) -> Iterator[tuple[Box, Floats]]:
+    """Every window with its scores after the activation, in order, inferred in batches."""
+    for first in range(0, len(windows), segmenter.batch):
+        group = windows[first : first + segmenter.batch]
+        batch = np.stack([image[(slice(None), *window.slices(origin))] for window in group])
+        raw = segmenter(np.ascontiguousarray(batch, dtype=np.float32))
+        wanted = (len(group), len(card.classes), *group[0].shape)
+        if raw.shape != wanted:
+            raise ModelError(
+                f"the network of {card.name} turns a batch of shape {batch.shape} into {raw.shape}; its card promises "
+                f"{wanted} ({len(card.classes)} classes, the size of the window)"
+            )
+        if not np.isfinite(raw).all():
+            raise ModelError(f"the network of {card.name} returns NaN or infinity in {group[0]}; check its scaling")
+        yield from zip(group, _activate(raw, card.activation), strict=True)
+
+
+@cache
+def window_weights(shape: tuple[int, ...]) -> Floats:
+    """The Hann window, sampled at pixel centres: a product of sin^2 along the axes, positive everywhere.
+
+    Divided by their sum over all windows of a pixel, the weights form a partition of unity (law 3).
+    """
+    weights = np.ones(shape, np.float32)
+    for axis, n in enumerate(shape):
+        profile = np.sin(np.pi * (np.arange(n) + 0.5) / n) ** 2
+        weights *= profile.astype(np.float32).reshape([-1 if i == axis else 1 for i in range(len(shape))])
+    weights.setflags(write=False)
+    return weights
+
+
+def _activate(raw: Floats, activation: str) -> Floats:
+    if activation == "softmax":
+        raised = np.exp(raw - raw.max(axis=1, keepdims=True))
+        return raised / raised.sum(axis=1, keepdims=True, dtype=np.float32)
+    if activation == "sigmoid":
+        return (0.5 * (1 + np.tanh(0.5 * raw))).astype(np.float32)
+    return raw
+
+
+def _decide(scores: Floats) -> Labels:
+    return np.argmax(scores, axis=0).astype(np.uint8)
