@@ -1,4 +1,4 @@
-"""The outer floor: batches of scenes, the Prefect flow and the `segflow` command. URIs and small values, never arrays."""
+"""The outer floor: batches, the Prefect flow and the `segflow` command. URIs and small values, never arrays."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import tempfile
 import time
@@ -111,7 +110,8 @@ def run_batch(jobs: Iterable[Job], label: Callable[[Job], Outcome], ended: Calla
     `label` labels one scene or raises; `ended` hears of each that ends. Writes `run.json` after every scene.
     """
     jobs = list(jobs)
-    first, records = jobs[0], []
+    first = jobs[0]
+    records: list[SceneRecord] = []
     started, began, run_id = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), time.perf_counter(), uuid.uuid4().hex
     described = {"model": first.model, "out": first.out, "settings": asdict(first.settings), "total": len(jobs)}
 
@@ -170,7 +170,7 @@ def _check_writable(out: Path) -> None:
 def _write_run(summary: Summary) -> None:
     out = Path(summary.out)
     try:
-        os.makedirs(out, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
         write_json(out / "run.json", summary.to_json())
     except OSError as error:
         raise ProductError(f"cannot write {out / 'run.json'}: {error.strerror or error}; free some space") from error

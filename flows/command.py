@@ -45,7 +45,9 @@ class ModeName(StrEnum):
 Scenes = Annotated[list[str], typer.Argument(help="Files, folders, globs, list files (.txt) or STAC Items.")]
 ModelName = Annotated[str, typer.Option("--model", "-m", help="A built-in model, or a folder with a card.json.")]
 Out = Annotated[str, typer.Option("--out", "-o", help="Folder for the products.")]
-Memory = Annotated[str | None, typer.Option(help="Memory of a worker process, such as 4GiB; default: half of what is free.")]
+Memory = Annotated[
+    str | None, typer.Option(help="Memory of a worker process, such as 4GiB; default: half of what is free.")
+]
 TileSide = Annotated[int | None, typer.Option("--tile", help="Side of a tile's core in pixels; default: planned.")]
 ModeOption = Annotated[ModeName, typer.Option("--mode", help="How tiles are joined; auto asks the model's card.")]
 Overlap = Annotated[int | None, typer.Option(help="Pixels that windows share in blend mode; default: the card's.")]
@@ -121,8 +123,8 @@ def plan(
     if as_json:
         print(json.dumps(facts, indent=2))
         return
-    table = Table(show_header=False, box=None)
-    table.add_row("scene", f"{prospect.source.name}, {prospect.source.grid} pixels, {len(prospect.source.channels)} channels")
+    source, table = prospect.source, Table(show_header=False, box=None)
+    table.add_row("scene", f"{source.name}, {source.grid} pixels, {len(source.channels)} channels")
     table.add_row("mode", _mode_sentence(facts))
     table.add_row("tiles", f"{len(prospect.plan)} with cores of {_times(facts['core'])}")
     table.add_row("work", f"{facts['work']:.2f} times the pixels that the network sees ({_times(facts['lattice'])})")
@@ -180,7 +182,9 @@ def list_models(as_json: AsJson = False) -> None:
 
 
 @models.command("inspect")
-def inspect_model(model: Annotated[str, typer.Argument(help="A built-in model, or a folder with a card.json.")]) -> None:
+def inspect_model(
+    model: Annotated[str, typer.Argument(help="A built-in model, or a folder with a card.json.")],
+) -> None:
     """Check a model's card and weights, and print the card."""
     loaded = load_card(model)
     _, path = loaded.weights()
@@ -189,7 +193,7 @@ def inspect_model(model: Annotated[str, typer.Argument(help="A built-in model, o
 
 
 def server_is_configured() -> bool:
-    """Whether a Prefect server is set in the environment or in the active profile; Prefect is only asked if it may be."""
+    """Whether a Prefect server is set in the environment or the active profile; Prefect is only asked if it may be."""
     if os.environ.get("PREFECT_API_URL"):
         return True
     home = Path(os.environ.get("PREFECT_HOME") or Path.home() / ".prefect")
@@ -210,9 +214,7 @@ def _run_here(jobs: list[Job], cluster: str | None, reporter: Reporter) -> dict[
     return summary.to_json()
 
 
-def _run_flow(
-    scenes: list[str], model: str, out: str, settings: Settings, cluster: str | None
-) -> dict[str, Any]:
+def _run_flow(scenes: list[str], model: str, out: str, settings: Settings, cluster: str | None) -> dict[str, Any]:
     """Run the batch as a Prefect flow, on the configured server or on the embedded one."""
     jobs = find_jobs(scenes, model, out, settings)
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
@@ -269,7 +271,9 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None: ...
 
 

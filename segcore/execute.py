@@ -61,8 +61,14 @@ class TileReport:
     windows: int
     read_seconds: float
     infer_seconds: float
+    label_seconds: float
     write_seconds: float
     engine: str
+
+    @property
+    def seconds(self) -> float:
+        """Without those that were spent waiting for the device."""
+        return self.read_seconds + self.infer_seconds + self.label_seconds + self.write_seconds
 
 
 class Bench(WorkerPlugin):  # type: ignore[misc]
@@ -170,7 +176,15 @@ def label_tiles(recipe: Recipe, todo: Iterable[Index], workers: Workers) -> Iter
             batch = running.pop(future)
             try:
                 reports: list[TileReport] = future.result()
-            except (SegcoreError, KilledWorker, CancelledError, OSError, MemoryError, RuntimeError, ValueError) as error:
+            except (
+                SegcoreError,
+                KilledWorker,
+                CancelledError,
+                OSError,
+                MemoryError,
+                RuntimeError,
+                ValueError,
+            ) as error:
                 for index in batch:
                     _allow_again(index, attempts, error)
                 time.sleep(0.2)
@@ -179,7 +193,7 @@ def label_tiles(recipe: Recipe, todo: Iterable[Index], workers: Workers) -> Iter
                 continue
             finally:
                 future.release()
-            seconds = sum(r.read_seconds + r.infer_seconds + r.write_seconds for r in reports) / len(reports)
+            seconds = sum(r.seconds for r in reports) / len(reports)
             size = min(256, max(1, round(BATCH_SECONDS / max(seconds, 1e-6))))
             while len(running) < workers.threads + 1 and (batch := list(islice(rest, size))):
                 submit(batch)
@@ -217,7 +231,14 @@ def _label_batch(recipe: Recipe, batch: list[Index]) -> list[TileReport]:
         written = time.perf_counter() - began
         reports.append(
             TileReport(
-                index, result.valid, result.windows, result.read_seconds, result.infer_seconds, written, segmenter.engine
+                index,
+                result.valid,
+                result.windows,
+                result.read_seconds,
+                result.infer_seconds,
+                result.label_seconds,
+                written,
+                segmenter.engine,
             )
         )
     return reports
@@ -245,4 +266,3 @@ def _recent(shelf: OrderedDict[str, T], key: str, make: Callable[[], T], keep: i
     while len(shelf) > keep:
         shelf.popitem(last=False)
     return shelf[key]
-

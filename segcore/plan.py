@@ -30,7 +30,7 @@ from segcore.spec import Cost, Mode, Sight, format_bytes
 Index = tuple[int, ...]
 
 #: Bytes of a worker process with its libraries before it holds any tile (measured: rasterio, torch, onnxruntime, dask).
-PROCESS_BYTES = 450 * 2**20
+PROCESS_BYTES = 380 * 2**20
 #: Pixels of a core beyond which a larger one saves little and a lost one costs much.
 LARGEST_CORE = 2**22
 #: Tiles of a process that are under way at once: one read, one inferred, one written.
@@ -191,6 +191,12 @@ def make_plan(
     on the whole scene in one piece. Raises PlanError, with the numbers, for what cannot work.
     """
     chosen = _choose_mode(sight, mode)
+    if prod(lattice) < prod(sight.stride):
+        raise PlanError(
+            f"a scene of {_times(lattice)} pixels, as the network sees it, is smaller than one cell of the network's "
+            f"coarsest level ({_times(sight.stride)}): there is nothing to see but padding; label it together with its "
+            f"surroundings"
+        )
     whole_only = chosen == "exact" and not sight.local
 
     def plan_of(core: tuple[int, ...]) -> Plan:

@@ -120,7 +120,10 @@ def publish(
             assets["scores"] = _asset(written[0], "Score of every class", ("data",), fields)
             files += written
         picture = draw_quicklook(
-            hidden / f"{name}_quicklook.png", _view(source, scratch, card), legend, {s.index: s.fraction for s in shares}
+            hidden / f"{name}_quicklook.png",
+            _view(source, scratch, card),
+            legend,
+            {s.index: s.fraction for s in shares},
         )
         assets["quicklook"] = _asset(picture, "Image, mask and legend", ("overview", "thumbnail"), {})
         files.append(picture)

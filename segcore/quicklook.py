@@ -142,9 +142,7 @@ def _fit(pixels: Pixels, spacing: Sequence[float]) -> Image.Image:
     return Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR)
 
 
-def _compose(
-    rows: list[list[Image.Image]], view: View, legend: Legend, fractions: Mapping[int, float]
-) -> Image.Image:
+def _compose(rows: list[list[Image.Image]], view: View, legend: Legend, fractions: Mapping[int, float]) -> Image.Image:
     """Panels, title and legend on one sheet. The cuts of a volume stand side by side, the image above its mask."""
     grid = rows if len(rows) == 1 else [list(column) for column in zip(*rows, strict=True)]
     if len(rows) > 1:

@@ -98,7 +98,9 @@ def percentiles(
                 low[c], high[c] = min(low[c], valid.min()), max(high[c], valid.max())
                 count[c] += valid.size
     if not count.all():
-        raise SceneError(f"{uri} has no valid pixel in channel {int(np.argmin(count)) + 1} of {channels}: all are nodata")
+        raise SceneError(
+            f"{uri} has no valid pixel in channel {int(np.argmin(count)) + 1} of {channels}: all are nodata"
+        )
     edges = np.stack([np.stack([low, high])] * len(ranks))  # (ranks, 2, channels): brackets of the values sought
     for _ in range(_PASSES):
         counts = np.zeros((len(ranks), channels, _BINS), np.int64)
@@ -135,7 +137,9 @@ def moments(
         count += np.count_nonzero(~np.isnan(block), axis=axes)
         total += np.nansum(block, axis=axes, dtype=np.float64)
     if not count.all():
-        raise SceneError(f"{uri} has no valid pixel in channel {int(np.argmin(count)) + 1} of {channels}: all are nodata")
+        raise SceneError(
+            f"{uri} has no valid pixel in channel {int(np.argmin(count)) + 1} of {channels}: all are nodata"
+        )
     mean = total / count
     squares = np.zeros(channels)
     for block in blocks():
@@ -145,8 +149,8 @@ def moments(
     if not (deviation > 0).all():
         flat = int(np.argmin(deviation))
         raise SceneError(
-            f"{uri}: every valid pixel of channel {flat + 1} of {channels} is {mean[flat]:g}; the model standardises by "
-            f"the deviation, which is zero: is this the right file?"
+            f"{uri}: every valid pixel of channel {flat + 1} of {channels} is {mean[flat]:g}; the model standardises "
+            f"by the deviation, which is zero: is this the right file?"
         )
     return tuple(map(float, mean)), tuple(map(float, deviation))
 

@@ -1,7 +1,7 @@
 """The whole story of one scene, top to bottom.
 
-    job -> card, headers -> up to date?  -> plan, or a refusal with numbers -> statistics of the scene
-        -> tiles to the workers, labels to scratch -> publish: write, verify, move, manifest last
+job -> card, headers -> up to date?  -> plan, or a refusal with numbers -> statistics of the scene
+    -> tiles to the workers, labels to scratch -> publish: write, verify, move, manifest last
 """
 
 from __future__ import annotations
@@ -135,7 +135,8 @@ def segment_scene(job: Job, workers: Workers, progress: Progress = lambda *_: No
             shares = class_shares(scratch, source, legend_of(card))
             if not any(share.pixels for share in shares):
                 raise SceneError(
-                    f"{source.uri} has no valid pixel: all {source.grid.size} are nodata; check its nodata value and bands"
+                    f"{source.uri} has no valid pixel: all {source.grid.size} are nodata; check its nodata value "
+                    f"and its bands"
                 )
             engine = next((report.engine for report in reports), "")
             facts = {
@@ -149,6 +150,7 @@ def segment_scene(job: Job, workers: Workers, progress: Progress = lambda *_: No
                     "label": round(labelled - prepared, 3),
                     "read_and_scale": round(sum(report.read_seconds for report in reports), 3),
                     "infer": round(sum(report.infer_seconds for report in reports), 3),
+                    "blend_and_label": round(sum(report.label_seconds for report in reports), 3),
                     "store": round(sum(report.write_seconds for report in reports), 3),
                 },
             }
@@ -163,7 +165,8 @@ def segment_scene(job: Job, workers: Workers, progress: Progress = lambda *_: No
                 scores=job.settings.scores,
             )
         except SegcoreError as error:
-            if not error.retryable:
+            # Finished tiles are kept where the scene may still succeed: storage was away, or the disk full.
+            if not error.retryable and not isinstance(error, ProductError):
                 shutil.rmtree(prospect.hidden, ignore_errors=True)
             raise
         shutil.rmtree(prospect.hidden, ignore_errors=True)
@@ -225,7 +228,12 @@ def provenance(prospect: Prospect, created: str, engine: str) -> dict[str, Any]:
     card, plan, source = prospect.model.card, prospect.plan, prospect.source
     model = {"name": card.name, "version": card.version, "digest": prospect.model.digest, "license": card.license}
     model |= {"citation": card.citation, "engine": engine, "weights_sha256": card.artifacts[0].sha256}
-    tiling = {"mode": plan.mode, "core": list(plan.core), "counts": list(plan.counts), "lattice": list(plan.lattice)}
+    tiling: dict[str, Any] = {
+        "mode": plan.mode,
+        "core": list(plan.core),
+        "counts": list(plan.counts),
+        "lattice": list(plan.lattice),
+    }
     tiling |= {"halo": list(plan.halo)} if plan.mode == "exact" else {}
     if plan.mode == "blend":
         tiling |= {"window": list(plan.sight.window or ()), "step": list(plan.sight.step), "weights": "hann"}
@@ -233,7 +241,9 @@ def provenance(prospect: Prospect, created: str, engine: str) -> dict[str, Any]:
     return {
         "created": created,
         "segflow:fingerprint": prospect.fingerprint,
-        "segflow:datetime_is": "acquisition" if source.datetime else "processing: the scene does not say when it was taken",
+        "segflow:datetime_is": "acquisition"
+        if source.datetime
+        else "processing: the scene does not say when it was taken",
         "segflow:input": {"uri": source.uri, "identity": dict(source.identity())},
         "segflow:model": model,
         "segflow:settings": asdict(prospect.job.settings),
@@ -303,6 +313,9 @@ def _locked(folder: Path) -> Iterator[None]:
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Another run may have ended, and removed the folder, since it was opened.
+            if os.fstat(descriptor).st_ino != os.stat(folder).st_ino:
+                raise BlockingIOError(f"{folder} was removed")
         except OSError as error:
             raise ProductError(f"{folder} is in use by another run; wait for it to end", retryable=True) from error
         yield
@@ -318,5 +331,3 @@ def _versions() -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
-
-

@@ -23,7 +23,10 @@ from segcore.scaling import Scaling
 
 @dataclass(frozen=True, slots=True)
 class TileResult:
-    """Labels (*core), scores (K, *core) in float32, and what it took: seconds to read and scale, seconds to infer."""
+    """Labels (*core), scores (K, *core) in float32, and what it took.
+
+    Seconds to read and scale, seconds on the device, and seconds to blend and label.
+    """
 
     labels: Labels
     scores: Floats
@@ -31,9 +34,12 @@ class TileResult:
     windows: int
     read_seconds: float
     infer_seconds: float
+    label_seconds: float
 
 
-def label_tile(tile: Tile, plan: Plan, card: Card, source: Source, scaling: Scaling, segmenter: Segmenter) -> TileResult:
+def label_tile(
+    tile: Tile, plan: Plan, card: Card, source: Source, scaling: Scaling, segmenter: Segmenter
+) -> TileResult:
     """Label one tile. A tile without a valid pixel in its core is not inferred.
 
     A pixel is valid where every channel is. Where two classes score alike the lower index wins. Raises SceneError,
@@ -42,20 +48,40 @@ def label_tile(tile: Tile, plan: Plan, card: Card, source: Source, scaling: Scal
     began = time.perf_counter()
     values = source.read(tile.read)
     core = values[(slice(None), *tile.core.slices(tile.read.start))]
-    valid: NDArray[np.bool_] = ~np.isnan(core).any(axis=0)
+    valid: NDArray[np.bool_] = np.logical_not(np.isnan(core).any(axis=0))
     count = int(np.count_nonzero(valid))
     if count == 0:
         labels = np.full(tile.core.shape, card.label_nodata, np.uint8)
         scores = np.full((len(card.classes), *tile.core.shape), np.nan, np.float32)
-        return TileResult(labels, scores, 0, 0, time.perf_counter() - began, 0.0)
+        return TileResult(labels, scores, 0, 0, time.perf_counter() - began, 0.0, 0.0)
     image = _network_image(scaling(values), tile, plan, card.padding)
     read = time.perf_counter()
-    target = _target_scores(image, tile, plan, card, segmenter)
+    device = _Device(segmenter)
+    target = _target_scores(image, tile, plan, card, device)
+    gathered = time.perf_counter()
     scores = interpolate(target, tile.target, plan.rescale.inverse(), tile.core)
     labels = np.where(valid, _decide(scores), np.uint8(card.label_nodata))
     scores = np.where(valid, scores, np.float32(np.nan))
     done = time.perf_counter()
-    return TileResult(labels, scores, count, len(tile.windows), read - began, done - read)
+    rest = gathered - read - device.waited - device.busy
+    return TileResult(labels, scores, count, len(tile.windows), read - began, device.busy, done - gathered + rest)
+
+
+class _Device:
+    """A segmenter behind its lock, with a watch: seconds spent waiting for the device, and seconds on it."""
+
+    def __init__(self, segmenter: Segmenter) -> None:
+        self._segmenter, self.batch = segmenter, segmenter.batch
+        self.waited = self.busy = 0.0
+
+    def __call__(self, batch: Floats) -> Floats:
+        asked = time.perf_counter()
+        with self._segmenter.device:
+            began = time.perf_counter()
+            out = self._segmenter(batch)
+        self.waited += began - asked
+        self.busy += time.perf_counter() - began
+        return out
 
 
 def _network_image(scaled: Floats, tile: Tile, plan: Plan, padding: str) -> Floats:
@@ -66,15 +92,14 @@ def _network_image(scaled: Floats, tile: Tile, plan: Plan, padding: str) -> Floa
     lattice = Box.of(plan.lattice)
     inside = hull & lattice
     margins = [(0, 0)] + [
-        (a - h, k - b)
-        for a, h, b, k in zip(inside.start, hull.start, inside.stop, hull.stop, strict=True)
+        (a - h, k - b) for a, h, b, k in zip(inside.start, hull.start, inside.stop, hull.stop, strict=True)
     ]
     if not any(before or after for before, after in margins):
         return image[(slice(None), *inside.slices(seen.start))]
     mode = {"symmetric": "symmetric", "edge": "edge", "zero": "constant"}[padding]
     if mode != "symmetric":
         image = image[(slice(None), *inside.slices(seen.start))]
-        return np.pad(image, margins, mode=mode)  # type: ignore[call-overload, no-any-return]
+        return np.pad(image, margins, mode=mode)  # type: ignore[call-overload]
     # What is mirrored may reach further in than the windows do: pad all that was seen, then cut out the hull.
     outer = [(0, 0)] + [
         (max(0, -h), max(0, k - n)) for h, k, n in zip(hull.start, hull.stop, plan.lattice, strict=True)
@@ -84,12 +109,12 @@ def _network_image(scaled: Floats, tile: Tile, plan: Plan, padding: str) -> Floa
     return padded[(slice(None), *hull.slices(origin))]
 
 
-def _target_scores(image: Floats, tile: Tile, plan: Plan, card: Card, segmenter: Segmenter) -> Floats:
+def _target_scores(image: Floats, tile: Tile, plan: Plan, card: Card, device: _Device) -> Floats:
     """Scores of the tile's target, (K, *target), from one window (exact) or gathered from several (blend)."""
     origin, target = tile.hull.start, tile.target
     total = np.zeros((len(card.classes), *target.shape), np.float32)
     weights = np.zeros(target.shape, np.float32)
-    for window, scores in _window_scores(image, origin, tile.windows, card, segmenter):
+    for window, scores in _window_scores(image, origin, tile.windows, card, device):
         seen = window & target
         part = scores[(slice(None), *seen.slices(window.start))]
         if plan.mode == "exact":
@@ -102,13 +127,13 @@ def _target_scores(image: Floats, tile: Tile, plan: Plan, card: Card, segmenter:
 
 
 def _window_scores(
-    image: Floats, origin: tuple[int, ...], windows: tuple[Box, ...], card: Card, segmenter: Segmenter
+    image: Floats, origin: tuple[int, ...], windows: tuple[Box, ...], card: Card, device: _Device
 ) -> Iterator[tuple[Box, Floats]]:
     """Every window with its scores after the activation, in order, inferred in batches."""
-    for first in range(0, len(windows), segmenter.batch):
-        group = windows[first : first + segmenter.batch]
+    for first in range(0, len(windows), device.batch):
+        group = windows[first : first + device.batch]
         batch = np.stack([image[(slice(None), *window.slices(origin))] for window in group])
-        raw = segmenter(np.ascontiguousarray(batch, dtype=np.float32))
+        raw = device(np.ascontiguousarray(batch, dtype=np.float32))
         wanted = (len(group), len(card.classes), *group[0].shape)
         if raw.shape != wanted:
             raise ModelError(

@@ -30,7 +30,7 @@ from rasterio.windows import Window
 from segcore.box import Box
 from segcore.errors import ProductError, SceneError, one_line
 from segcore.grid import Grid, Rescale
-from segcore.io.files import file_identity
+from segcore.io.files import file_identity, is_remote
 from segcore.io.source import Floats, LabelReader, Legend, Source, Wanted
 from segcore.resample import interpolate
 
@@ -55,7 +55,7 @@ class Band:
 
 @dataclass(frozen=True, slots=True)
 class GeoFrame:
-    """CRS, transform (six numbers of the affine, row by row), ground control points and pixel convention of a raster."""
+    """CRS, transform (six numbers of the affine, row by row), control points and pixel convention of a raster."""
 
     shape: tuple[int, int]
     crs: CRS | None
@@ -185,8 +185,8 @@ class Raster:
             self._placements = {uri: _placement(file, finest) for uri, file in files.items()}
             unit = finest.crs.linear_units_factor[1] if finest.crs and finest.crs.is_projected else None
             t = finest.transform
-            self.spacing = (hypot(t.b, t.e) * unit, hypot(t.a, t.d) * unit) if unit else None
-            self.cell = (abs(t.determinant) * unit**2, "m2") if unit else None
+            self.spacing: tuple[float, ...] | None = (hypot(t.b, t.e) * unit, hypot(t.a, t.d) * unit) if unit else None
+            self.cell: tuple[float, str] | None = (abs(t.determinant) * unit**2, "m2") if unit else None
             self.datetime = datetime or _tiff_datetime(finest)
         if self.frame.crs is None:
             self.warnings += ("the scene has no coordinate reference system; its mask has none either",)
@@ -238,7 +238,7 @@ class Raster:
             yield uri, list(group)
 
     def _dataset(self, uri: str) -> DatasetReader:
-        """This thread's own handle: GDAL's are not to be shared."""
+        """The handle of this thread: GDAL's are not to be shared."""
         handles: dict[str, DatasetReader] = self._local.__dict__.setdefault("handles", {})
         if uri not in handles:
             handles[uri] = open_raster(uri)
@@ -268,7 +268,7 @@ class Raster:
             raise SceneError(
                 f"{uri}: cannot read {at} ({one_line(error.__cause__ or error)}); the file is truncated or damaged, "
                 f"or its storage was away: copy it again",
-                retryable=True,
+                retryable=is_remote(uri),
             ) from error
         np.copyto(out, np.nan, where=np.isinf(out))
         return out
@@ -471,12 +471,11 @@ def _sidecar(legend: Legend) -> bytes:
             ElementTree.SubElement(field, key).text = value
     for position, (index, name, rgb) in enumerate(legend.classes):
         row = ElementTree.SubElement(table, "Row", index=str(position))
-        for value in (index, name, *rgb):
-            ElementTree.SubElement(row, "F").text = str(value)
+        for cell in (index, name, *rgb):
+            ElementTree.SubElement(row, "F").text = str(cell)
     ElementTree.indent(root)
     return ElementTree.tostring(root, encoding="utf-8") + b"\n"
 
 
 def _conforms(raster: Raster) -> Source:
     return raster
-

@@ -38,7 +38,7 @@ _NIFTI_LABEL_INTENT = 1002
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """How the file's axes (i, j, k) become the model's: file axis n is array axis `axis[n]`, reversed where `flip[n]`."""
+    """How axes of the file (i, j, k) become the model's: file axis n is array axis `axis[n]`, reversed if `flip[n]`."""
 
     axis: tuple[int, ...]
     flip: tuple[bool, ...]
@@ -62,7 +62,7 @@ class Turn:
     def array(self, values: NDArray[Any]) -> NDArray[Any]:
         """A block of the file (last axes i, j, k) in the model's axes."""
         lead = values.ndim - len(self.axis)
-        flipped = values[(..., *(slice(None, None, -1 if flip else 1) for flip in self.flip))]
+        flipped = np.flip(values, tuple(lead + n for n, flip in enumerate(self.flip) if flip))
         order = sorted(range(len(self.axis)), key=self.axis.__getitem__)
         return flipped.transpose((*range(lead), *(lead + n for n in order)))
 
@@ -70,7 +70,7 @@ class Turn:
         """A block in the model's axes, as the file stores it."""
         lead = values.ndim - len(self.axis)
         turned = values.transpose((*range(lead), *(lead + axis for axis in self.axis)))
-        return turned[(..., *(slice(None, None, -1 if flip else 1) for flip in self.flip))]
+        return np.flip(turned, tuple(lead + n for n, flip in enumerate(self.flip) if flip))
 
     def permute(self, per_file_axis: Sequence[float]) -> tuple[float, ...]:
         """Numbers per file axis, in the order of the model's axes."""
@@ -106,9 +106,7 @@ class NiftiFrame:
         count = len(legend.classes)
         header = self._header(np.float32, (*self.shape, count))
         header["descrip"] = b"segflow scores"
-        blocks = (
-            self.turn.file(labels.read_scores(box)[k]) for k in range(count) for box in self._file_order()
-        )
+        blocks = (self.turn.file(labels.read_scores(box)[k]) for k in range(count) for box in self._file_order())
         self._write(path, header, blocks)
         return [path]
 
@@ -267,7 +265,7 @@ class Nifti:
             picks = [np.array([0]) if axis == slow else positions[axis] for axis in range(len(stored))]
             where: list[Any] = [slice(None)] * 4
             where[slow + 1] = slice(place, place + 1)
-            out[tuple(where)] = slab[(slice(None), *np.ix_(*picks))]
+            out[tuple(where)] = np.stack([channel[np.ix_(*picks)] for channel in slab])
         return out
 
     def _blocks(self, index: tuple[slice, ...]) -> Floats:
@@ -279,8 +277,10 @@ class Nifti:
 
 
 #: The header fields that say where a volume lies; products copy them bit for bit.
-_GEOMETRY = ("pixdim", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y")
-_GEOMETRY += ("qoffset_z", "srow_x", "srow_y", "srow_z")
+_GEOMETRY = (
+    *("pixdim", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d"),
+    *("qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z"),
+)
 
 
 def geometry(header: nib.Nifti1Header) -> dict[str, Any]:

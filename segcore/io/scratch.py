@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import zarr
@@ -39,7 +40,7 @@ class Scratch:
 
     @classmethod
     def create(cls, root: Path, grid: Grid, core: tuple[int, ...], nodata: int, classes: int | None) -> Scratch:
-        """A new store, empty or, where this one was begun before, with what is done. `classes`: scores to keep, or None.
+        """A new store or, where it was begun before, that one with what is done. `classes`: scores to keep, or None.
 
         Raises ProductError where the folder cannot be written.
         """
@@ -68,7 +69,10 @@ class Scratch:
                 self._scores[(slice(None), *core.slices())] = scores
             self._labels[core.slices()] = labels
         except OSError as error:
-            raise ProductError(f"cannot store tile {index} in {self.root}: {error.strerror or error}") from error
+            raise ProductError(
+                f"cannot store tile {index} in {self.root}: {error.strerror or error}; free some space, run again",
+                retryable=True,
+            ) from error
 
     def present(self) -> set[Index]:
         """The tiles whose labels have been written. What a writer left that was killed is removed."""
@@ -120,9 +124,10 @@ class Scratch:
         shutil.rmtree(self.root, ignore_errors=True)
 
 
-def _open(path: Path) -> Array:
+def _open(path: Path) -> Array[Any]:
     try:
-        array = zarr.open_array(path, mode="r+", config={"write_empty_chunks": True})
+        # A chunk that holds nothing but the fill value must be written, too: its presence says that the tile is done.
+        array = zarr.open_array(path, mode="r+").with_config({"write_empty_chunks": True})
     except (OSError, ValueError) as error:
         raise ProductError(f"{path} is no readable scratch store ({one_line(error)}); remove it, run again") from error
     return array
@@ -145,7 +150,7 @@ def _create(path: Path, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: 
     os.replace(partial, path)
 
 
-def _get(array: Array, index: tuple[slice, ...], root: Path) -> object:
+def _get(array: Array[Any], index: tuple[slice, ...], root: Path) -> object:
     try:
         return array[index]
     except (OSError, ValueError, RuntimeError) as error:

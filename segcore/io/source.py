@@ -52,8 +52,10 @@ class Frame(Protocol):
     The files that it writes are complete when a method returns, and hold the same bytes for the same labels.
     """
 
-    suffix: str
-    """File suffix of a product, with its dot."""
+    @property
+    def suffix(self) -> str:
+        """File suffix of a product, with its dot."""
+        ...
 
     def write_labels(self, path: Path, labels: LabelReader, legend: Legend) -> list[Path]:
         """Write the mask to `path`, streaming. Returns every file written, `path` first."""

@@ -34,7 +34,9 @@ def read_document(uri: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise SceneError(f"{uri} is no readable STAC document ({one_line(error)}); check the file") from error
     if not isinstance(document, dict) or document.get("type") not in ("Feature", "FeatureCollection"):
-        raise SceneError(f"{uri} is no STAC Item and no ItemCollection: its `type` is neither Feature nor FeatureCollection")
+        raise SceneError(
+            f"{uri} is no STAC Item and no ItemCollection: its `type` is neither Feature nor FeatureCollection"
+        )
     return document
 
 
@@ -68,7 +70,9 @@ def item_scene(uri: str, wanted: Wanted) -> Raster:
     try:
         item = pystac.Item.from_dict(document, href=absolute(path))
     except (pystac.STACError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise SceneError(f"{uri} is a broken STAC Item ({one_line(error)}); validate it with `stac-validator`") from error
+        raise SceneError(
+            f"{uri} is a broken STAC Item ({one_line(error)}); validate it with `stac-validator`"
+        ) from error
     named: dict[str, Band] = {}
     for key, asset in item.assets.items():
         href = asset.get_absolute_href() or asset.href
@@ -138,7 +142,7 @@ def manifest_item(
     properties: Mapping[str, Any],
     assets: Mapping[str, Asset],
 ) -> dict[str, Any]:
-    """A STAC Item as JSON. `when` is ISO 8601; `geometry` is GeoJSON in WGS 84, or None for what is not on the Earth."""
+    """A STAC Item as JSON. `when` is ISO 8601; `geometry` is GeoJSON in WGS 84, None for what is not on Earth."""
     bbox = None
     if geometry is not None:
         points = [point for ring in geometry["coordinates"] for point in ring]

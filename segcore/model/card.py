@@ -25,7 +25,7 @@ class _Strict(BaseModel):
 
 
 class Artifact(_Strict):
-    """Weights. `path` is relative to the card, or `package:DISTRIBUTION/PATH` for a file of an installed distribution."""
+    """Weights: `path` is relative to the card, or `package:DISTRIBUTION/PATH` for a file of an installed one."""
 
     format: Literal["onnx", "torchscript"]
     path: str
@@ -170,14 +170,16 @@ class Model:
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def weights(self) -> tuple[Artifact, Path]:
-        """The first artifact and its file, with its digest checked. Raises CardError, or ModelError without the file."""
+        """The first artifact and its file, digest checked. Raises CardError, or ModelError without the file."""
         artifact = self.card.artifacts[0]
         path = self._locate(artifact)
         try:
             with path.open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            raise ModelError(f"model {self.card.name}: {path}: {error.strerror}; install or copy the weights") from error
+            raise ModelError(
+                f"model {self.card.name}: {path}: {error.strerror}; install or copy the weights"
+            ) from error
         if found != artifact.sha256:
             raise CardError(
                 f"model {self.card.name}: {path} has the sha256 {found} and its card says {artifact.sha256}; these are "
@@ -215,7 +217,7 @@ def load_card(reference: str) -> Model:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CardError(
-            f"{reference!r} is no built-in model ({', '.join(built_in_models())}) and no folder with a readable card.json"
+            f"{reference!r} is no built-in model ({', '.join(built_in_models())}) and no folder with a card.json"
         ) from error
     try:
         card = Card.model_validate_json(text)

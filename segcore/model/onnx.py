@@ -34,15 +34,14 @@ class OnnxSegmenter:
             raise ModelError(f"{path} has the inputs {found}; segflow wants one, of float32")
         self._input = inputs[0].name
         self._output = self._session.get_outputs()[0].name
-        self._lock = threading.Lock()
+        self.device = threading.Lock()
         on = "CUDA" if self._session.get_providers()[0].startswith("CUDA") else f"CPU, {threads} threads"
         self.engine = f"onnxruntime {onnxruntime.__version__} ({on})"
         self.batch = 1 if on.startswith("CPU") else 16
 
     def __call__(self, batch: Floats) -> Floats:
         try:
-            with self._lock:
-                out = self._session.run([self._output], {self._input: batch})[0]
+            out = self._session.run([self._output], {self._input: batch})[0]
         except Exception as error:
             raise ModelError(f"ONNX Runtime failed on a batch of shape {batch.shape}: {one_line(error)}") from error
         return np.asarray(out, dtype=np.float32)

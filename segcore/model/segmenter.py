@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Protocol
 
 import numpy as np
@@ -13,9 +14,11 @@ Floats = NDArray[np.float32]
 class Segmenter(Protocol):
     """A loaded network: arrays in, arrays out.
 
-    Loaded once per process. May be called from several threads; it lets one inference at a time onto its device, and
-    its result for a window depends on that window alone, not on the others of the batch.
+    Loaded once per process and shared by its threads: whoever calls it holds `device`, so that one inference at a time
+    is on the device. The result for a window depends on that window alone, not on the others of the batch.
     """
+
+    device: threading.Lock
 
     engine: str
     """What runs it, for log and manifest."""
@@ -38,6 +41,7 @@ class BoxFilter:
     batch = 2
 
     def __init__(self, reach: int, classes: int = 3) -> None:
+        self.device = threading.Lock()
         self.reach, self.classes = reach, classes
 
     def __call__(self, batch: Floats) -> Floats:

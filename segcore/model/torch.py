@@ -22,17 +22,17 @@ class TorchSegmenter:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._threads = threads
         try:
-            self._module = torch.jit.load(str(path), map_location=self._device).eval()
+            self._module = torch.jit.load(str(path), map_location=self._device).eval()  # type: ignore[no-untyped-call]
         except (RuntimeError, ValueError, OSError) as error:
             raise ModelError(f"{path} does not load as TorchScript: {one_line(error)}") from error
-        self._lock = threading.Lock()
+        self.device = threading.Lock()
         on = "CUDA" if self._device.type == "cuda" else f"CPU, {threads} threads"
         self.engine = f"torch {torch.__version__} ({on})"
         self.batch = 1 if self._device.type == "cpu" else 16
 
     def __call__(self, batch: Floats) -> Floats:
         try:
-            with self._lock, torch.inference_mode():
+            with torch.inference_mode():
                 # OpenMP keeps the number of threads per calling thread, so it is said in each of them.
                 torch.set_num_threads(self._threads)
                 out = self._module(torch.from_numpy(batch).to(self._device))
