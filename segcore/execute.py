@@ -112,7 +112,10 @@ class Workers:
                     n_workers=1,
                     threads_per_worker=TILES_IN_FLIGHT,
                     processes=False,
-                    dashboard_address=None,
+                    # Dask always serves its metrics; on loopback only, on any free port, and without its dashboard.
+                    dashboard_address="127.0.0.1:0",
+                    worker_dashboard_address="127.0.0.1:0",
+                    scheduler_kwargs={"dashboard": False},
                     memory_limit=0,
                     silence_logs=logging.CRITICAL,
                 )

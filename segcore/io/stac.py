@@ -69,7 +69,7 @@ def item_scene(uri: str, wanted: Wanted) -> Raster:
         document = matching[0]
     try:
         item = pystac.Item.from_dict(document, href=absolute(path))
-    except (pystac.STACError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (pystac.STACError, pystac.STACTypeError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise SceneError(
             f"{uri} is a broken STAC Item ({one_line(error)}); validate it with `stac-validator`"
         ) from error

@@ -1,0 +1,163 @@
+"""Tiles on dask: bounded, retried, counted; on this process and on a cluster of others."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import uuid4
+
+import numpy as np
+import psutil
+import pytest
+from conftest import save_local_unet
+
+from segcore.box import Box
+from segcore.errors import ModelError, PlanError, SceneError
+from segcore.execute import ATTEMPTS, Recipe, Workers, label_tiles
+from segcore.io.memory import ArrayScene
+from segcore.io.scratch import Scratch
+from segcore.model.card import load_card
+from segcore.plan import make_plan
+from segcore.scaling import fit_scaling
+
+RNG = np.random.default_rng(2)
+
+
+class Flaky(ArrayScene):
+    """A scene that fails to read one place, `left` times: a scene is pickled, so the count is kept by its class."""
+
+    left = 0
+    error: Exception = OSError("the share was away")
+
+    def read(self, box: Box) -> np.ndarray:
+        # Statistics take the scene whole; only tiles meet the bad place.
+        if box.size < self.grid.size and box.start[0] <= 40 < box.stop[0] and Flaky.left > 0:
+            Flaky.left -= 1
+            raise Flaky.error
+        return super().read(box)
+
+
+def recipe(tmp_path: Path, scene: ArrayScene, core: int = 16) -> Recipe:
+    model = load_card(str(save_local_unet(tmp_path / "unet", "yx")))
+    plan = make_plan(scene.grid, scene.grid.shape, model.card.sight(), model.card.cost(), 2**40, core=(core, core))
+    key = uuid4().hex
+    scratch = Scratch.create(tmp_path / key, scene.grid, plan.core, 255, None)
+    return Recipe(key, plan, model, scene, fit_scaling(model.card.scaling, scene), scratch)
+
+
+def scene(kind: type[ArrayScene] = ArrayScene) -> ArrayScene:
+    return kind(RNG.standard_normal((1, 70, 50)).astype(np.float32), "yx")
+
+
+def test_every_tile_is_labelled_once_and_stored(tmp_path: Path, workers: Workers) -> None:
+    made = recipe(tmp_path, scene())
+    reports = list(label_tiles(made, made.plan.indices(), workers))
+    assert sorted(report.index for report in reports) == sorted(made.plan.indices())
+    assert made.scratch.done() == set(made.plan.indices())
+    assert all(report.windows == 1 and report.valid > 0 for report in reports)
+    assert "onnxruntime" in reports[0].engine
+
+
+def test_few_tiles_are_under_way_at_once(tmp_path: Path, workers: Workers) -> None:
+    made, taken = recipe(tmp_path, scene(), core=2), []
+
+    def counted() -> Iterator[tuple[int, ...]]:
+        for index in made.plan.indices():
+            taken.append(index)
+            yield index
+
+    tiles = label_tiles(made, counted(), workers)
+    next(tiles)
+    assert len(made.plan) == 875
+    assert len(taken) < 700  # the first batches hold one tile, then what half a second is worth
+    tiles.close()
+    assert not any(workers.client.processing().values())
+
+
+def test_tiles_that_fail_for_a_while_are_tried_again(tmp_path: Path, workers: Workers) -> None:
+    flaky = scene(Flaky)
+    made = recipe(tmp_path, flaky)
+    Flaky.left, Flaky.error = ATTEMPTS - 1, OSError("the share was away")
+    reports = list(label_tiles(made, made.plan.indices(), workers))
+    assert len(reports) == len(made.plan)
+    assert Flaky.left == 0
+
+
+def test_tiles_that_keep_failing_are_named(tmp_path: Path, workers: Workers) -> None:
+    flaky = scene(Flaky)
+    made = recipe(tmp_path, flaky)
+    Flaky.left, Flaky.error = 10**6, OSError("the share was away")
+    with pytest.raises(ModelError, match=r"tile \([12], \d\) failed 3 times, at last with OSError: the share was away") as e:
+        list(label_tiles(made, made.plan.indices(), workers))
+    assert e.value.retryable
+
+
+def test_errors_that_retrying_cannot_mend_end_the_scene_at_once(tmp_path: Path, workers: Workers) -> None:
+    flaky = scene(Flaky)
+    made = recipe(tmp_path, flaky)
+    Flaky.left, Flaky.error = 10**6, SceneError("the file is truncated")
+    with pytest.raises(SceneError, match="truncated"):
+        list(label_tiles(made, made.plan.indices(), workers))
+    assert 10**6 - Flaky.left <= workers.threads + 1
+    assert not any(workers.client.processing().values())
+
+
+def test_nothing_listens_beyond_this_machine(workers: Workers) -> None:
+    listening = [c.laddr.ip for c in psutil.Process().net_connections() if c.status == "LISTEN"]
+    assert set(listening) <= {"127.0.0.1", "::1"}
+
+
+def test_no_scheduler_is_said_in_a_line() -> None:
+    with pytest.raises(PlanError, match="dask scheduler"):
+        Workers("tcp://127.0.0.1:9")
+
+
+@pytest.fixture
+def cluster() -> Iterator[tuple[str, list[subprocess.Popen[str]]]]:
+    """A scheduler and two worker processes on loopback."""
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    start = lambda *words: subprocess.Popen(  # noqa: E731
+        [sys.executable, "-m", "distributed.cli." + words[0], *words[1:]], stderr=subprocess.PIPE, text=True,
+        env=environment,
+    )  # fmt: skip
+    processes = [start("dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard")]
+    assert processes[0].stderr is not None
+    for line in processes[0].stderr:
+        if found := re.search(r"Scheduler at:\s+(tcp://\S+)", line):
+            break
+    address = found.group(1)
+    processes += [
+        start("dask_worker", address, "--nthreads", "1", "--no-dashboard", "--no-nanny", "--memory-limit", "0")
+        for _ in range(2)
+    ]
+    yield address, processes
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.slow
+def test_a_cluster_survives_the_death_of_a_worker(
+    tmp_path: Path, workers: Workers, cluster: tuple[str, list[subprocess.Popen[str]]]
+) -> None:
+    address, processes = cluster
+    here = recipe(tmp_path, scene())
+    list(label_tiles(here, here.plan.indices(), workers))
+    there = Recipe("there", here.plan, here.model, here.source, here.scaling,
+                   Scratch.create(tmp_path / "there", here.source.grid, here.plan.core, 255, None))  # fmt: skip
+    with Workers(address) as remote:
+        remote.client.wait_for_workers(2, timeout=60)
+        assert remote.threads == 2
+        tiles = label_tiles(there, there.plan.indices(), remote)
+        reports = [next(tiles)]
+        processes[1].send_signal(signal.SIGKILL)
+        reports += list(tiles)
+    assert there.scratch.done() == set(there.plan.indices())
+    assert {report.index for report in reports} == set(there.plan.indices())
+    whole = here.source.grid.box
+    assert np.array_equal(here.scratch.read(whole), there.scratch.read(whole))

@@ -1,0 +1,248 @@
+"""One scene from job to product: real engine, small real network."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pystac
+import pytest
+import rasterio
+from conftest import save_local_unet, segflow_command
+from rasterio.transform import from_origin
+
+from segcore.errors import PlanError, ProductError, SceneError
+from segcore.execute import Workers
+from segcore.io.files import sha256_of
+from segcore.scene import HIDDEN, segment_scene, survey
+from segcore.spec import Job, Settings
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    return str(save_local_unet(tmp_path / "unet", "yx", ("red", "nir")))
+
+
+@pytest.fixture
+def raster(tmp_path: Path) -> Path:
+    """A raster with every trouble of a real one: odd size, nodata corner, names in another order."""
+    values = np.random.default_rng(4).integers(1, 3000, (3, 611, 497)).astype(np.uint16)
+    values[:, :90, :130] = 0
+    path = tmp_path / "scene 1.tif"
+    with rasterio.open(path, "w", driver="GTiff", count=3, height=611, width=497, dtype="uint16", nodata=0,
+                       crs="EPSG:32616", transform=from_origin(452475, 3408645, 30, 30)) as file:  # fmt: skip
+        file.write(values)
+        for i, name in enumerate(("nir", "blue", "red"), start=1):
+            file.set_band_description(i, name)
+        file.update_tags(TIFFTAG_DATETIME="2021:02:03 04:05:06")
+    return path
+
+
+def job(scene: Path, model: str, out: Path, **settings: Any) -> Job:
+    return Job(str(scene), model, str(out), Settings(**settings))
+
+
+def files(folder: Path) -> dict[str, str]:
+    return {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.suffix != ".json"}
+
+
+def test_a_product_has_all_its_parts(tmp_path: Path, raster: Path, model: str, workers: Workers) -> None:
+    seen: list[tuple[str, int, int]] = []
+    out = tmp_path / "out"
+    outcome = segment_scene(job(raster, model, out, tile=200, scores=True), workers, lambda *args: seen.append(args))
+    assert (outcome.state, outcome.name, outcome.tiles) == ("done", "scene_1", 12)
+    assert seen[0] == ("scene_1", 0, 12)
+    assert seen[-1] == ("scene_1", 12, 12)
+    folder = out / "scene_1"
+    assert {path.name for path in out.iterdir()} == {"scene_1"}
+    assert {path.name for path in folder.iterdir()} == {
+        "scene_1.json", "scene_1_mask.tif", "scene_1_mask.tif.aux.xml", "scene_1_quicklook.png", "scene_1_scores.tif"
+    }  # fmt: skip
+    manifest = json.loads((folder / "scene_1.json").read_text())
+    facts = manifest["properties"]
+    assert facts["datetime"] == "2021-02-03T04:05:06Z"
+    assert facts["proj:code"] == "EPSG:32616"
+    assert facts["segflow:plan"]["mode"] == "exact"
+    assert facts["segflow:valid_fraction"] == pytest.approx(1 - 90 * 130 / (611 * 497), abs=1e-6)
+    assert sum(share["pixels"] for share in facts["segflow:classes"]) == 611 * 497 - 90 * 130
+    assert facts["segflow:classes"][0]["area_m2"] == facts["segflow:classes"][0]["pixels"] * 900
+    for asset in manifest["assets"].values():
+        path = folder / asset["href"]
+        assert asset["file:size"] == path.stat().st_size
+        assert asset["file:checksum"] == "1220" + sha256_of(path)
+    west, south, east, north = manifest["bbox"]
+    assert -87.6 < west < east < -87.3
+    assert 30.5 < south < north < 30.9
+    with rasterio.open(folder / "scene_1_mask.tif") as mask, rasterio.open(folder / "scene_1_scores.tif") as scores:
+        labels, values = mask.read(1), scores.read()
+    assert (labels[:90, :130] == 255).all()
+    assert (labels[90:] < 3).all()
+    assert np.isnan(values[:, :90, :130]).all()
+    assert np.array_equal(values[:, 90:].argmax(axis=0), labels[90:])
+
+
+def test_the_manifest_is_a_valid_stac_item(tmp_path: Path, raster: Path, model: str, workers: Workers) -> None:
+    segment_scene(job(raster, model, tmp_path / "out"), workers)
+    document = json.loads((tmp_path / "out" / "scene_1" / "scene_1.json").read_text())
+    document["stac_extensions"] = []  # their schemas are on the network; the core one is in the package
+    item = pystac.Item.from_dict(document)
+    assert item.validate()
+    assert item.assets["mask"].roles == ["data", "labels"]
+
+
+def test_tiling_never_changes_a_byte(tmp_path: Path, raster: Path, model: str, workers: Workers) -> None:
+    products = []
+    for tile in (64, 100, 333, 1000, None):
+        out = tmp_path / f"out{tile}"
+        segment_scene(job(raster, model, out, tile=tile, scores=True), workers)
+        products.append(files(out / "scene_1"))
+    assert all(product == products[0] for product in products)
+
+
+def test_a_rerun_is_up_to_date_until_something_changes(
+    tmp_path: Path, raster: Path, model: str, workers: Workers
+) -> None:
+    out = tmp_path / "out"
+
+    def state(**settings: Any) -> tuple[str, int]:
+        outcome = segment_scene(job(raster, model, out, **settings), workers)
+        return outcome.state, outcome.windows
+
+    assert state() == ("done", 1)
+    assert state() == ("up to date", 0)
+    assert state(tile=100) == ("up to date", 0), "how it is tiled is no part of a product"
+    assert state(scores=True)[0] == "done"
+    assert (out / "scene_1" / "scene_1_scores.tif").exists()
+    assert state()[0] == "done"
+    assert not (out / "scene_1" / "scene_1_scores.tif").exists(), "files of an older product go"
+    (out / "scene_1" / "scene_1_mask.tif").unlink()
+    assert state()[0] == "done"
+    (out / "scene_1" / "scene_1.json").write_text("{")
+    assert state()[0] == "done"
+    raster.touch()
+    assert state()[0] == "done"
+    card = json.loads((Path(model) / "card.json").read_text())
+    (Path(model) / "card.json").write_text(json.dumps(card | {"version": "2"}))
+    assert state()[0] == "done"
+    assert state() == ("up to date", 0)
+
+
+def test_a_failed_rerun_leaves_the_old_product(tmp_path: Path, raster: Path, model: str, workers: Workers) -> None:
+    out = tmp_path / "out"
+    segment_scene(job(raster, model, out), workers)
+    before = files(out / "scene_1")
+    with pytest.raises(PlanError):
+        segment_scene(job(raster, model, out, scores=True, memory=1000), workers)
+    raster.write_bytes(raster.read_bytes()[:400_000])
+    with pytest.raises(SceneError):
+        segment_scene(job(raster, model, out), workers)
+    assert files(out / "scene_1") == before
+    assert not (out / HIDDEN).exists()
+
+
+def test_a_scene_in_work_is_left_alone(tmp_path: Path, raster: Path, model: str, workers: Workers) -> None:
+    out = tmp_path / "out"
+    hidden = out / HIDDEN / "scene_1"
+    hidden.mkdir(parents=True)
+    descriptor = os.open(hidden, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with pytest.raises(ProductError, match="in use by another run"):
+            segment_scene(job(raster, model, out), workers)
+    finally:
+        os.close(descriptor)
+    assert segment_scene(job(raster, model, out), workers).state == "done"
+
+
+def test_volumes_of_every_spacing_keep_their_grid(tmp_path: Path, workers: Workers) -> None:
+    folder = save_local_unet(tmp_path / "unet", "zyx", ("T1w",))
+    document = json.loads((folder / "card.json").read_text()) | {"spacing": [1.5, 1.5, 1.5], "orientation": "RAS"}
+    (folder / "card.json").write_text(json.dumps(document))
+    affine = np.array([[0, -0.9, 0, 10], [0, 0, 2.1, -5], [1.2, 0, 0, 3], [0, 0, 0, 1.0]])
+    values = np.random.default_rng(1).random((31, 42, 17)).astype(np.float32)
+    nib.save(nib.Nifti1Image(values, affine), tmp_path / "scene.nii.gz")
+    masks = []
+    for tile in (8, 19, None):
+        outcome = segment_scene(job(tmp_path / "scene.nii.gz", str(folder), tmp_path / f"out{tile}", tile=tile), workers)
+        masks.append(Path(outcome.product).with_name("scene_mask.nii.gz").read_bytes())
+    assert masks[0] == masks[1] == masks[2]
+    mask = nib.load(Path(outcome.product).with_name("scene_mask.nii.gz"))
+    assert mask.shape == values.shape
+    assert np.array_equal(mask.affine, nib.load(tmp_path / "scene.nii.gz").affine)
+    manifest = json.loads(Path(outcome.product).read_text())
+    assert manifest["geometry"] is None
+    assert manifest["properties"]["segflow:plan"]["lattice"] == [25, 24, 25]
+    total = sum(share["volume_ml"] for share in manifest["properties"]["segflow:classes"])
+    assert total == pytest.approx(values.size * 0.9 * 2.1 * 1.2 / 1000, rel=1e-3)
+
+
+def test_a_survey_needs_no_pixel(tmp_path: Path, raster: Path, model: str) -> None:
+    prospect = survey(job(raster, model, tmp_path / "out", tile=100))
+    assert len(prospect.plan) == 35
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_kill_9_loses_only_the_tiles_in_flight(tmp_path: Path, raster: Path, model: str, run_segflow: Run) -> None:
+    calm = run_segflow("run", raster, "-m", model, "-o", tmp_path / "calm", "--tile", 16, "--scores")
+    assert calm.returncode == 0, calm.stderr
+    out = tmp_path / "out"
+    command = [segflow_command(), "run", str(raster), "-m", model, "-o", str(out), "--tile", "16", "--scores"]
+    kept = 0
+    for least in (30, 400):
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        while process.poll() is None and sum(1 for _ in out.glob(f"{HIDDEN}/*/*/labels/c/*/*")) < least:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kept = sum(1 for path in out.glob(f"{HIDDEN}/*/*/labels/c/*/*") if path.suffix != ".partial")
+        assert kept >= least
+        assert not (out / "scene_1").exists()
+    again = run_segflow("run", raster, "-m", model, "-o", out, "--tile", 16, "--scores", "--json")
+    assert again.returncode == 0, again.stderr
+    details = json.loads(again.stdout)["scenes"][0]["details"]
+    assert details["tiles"] == 39 * 32
+    assert kept - 8 <= details["tiles_kept"] <= kept
+    assert files(out / "scene_1") == files(tmp_path / "calm" / "scene_1")
+    assert not (out / HIDDEN).exists()
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_with_its_tiles_whatever_memory_is_free(
+    tmp_path: Path, raster: Path, model: str, workers: Workers
+) -> None:
+    asked = job(raster, model, tmp_path / "out")
+    first = survey(job(raster, model, tmp_path / "out", tile=128))
+    first.scratch_root.mkdir(parents=True)
+    assert survey(asked).plan.core == (128, 128)
+    shutil.rmtree(tmp_path / "out")
+    assert survey(asked).plan.core == (611, 497)
+
+
+@pytest.mark.slow
+def test_sigterm_drains_and_can_be_resumed(tmp_path: Path, raster: Path, model: str, run_segflow: Run) -> None:
+    out = tmp_path / "out"
+    command = [segflow_command(), "run", str(raster), "-m", model, "-o", str(out), "--tile", "16"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while sum(1 for _ in out.glob(f"{HIDDEN}/*/*/labels/c/*/*")) < 30:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 75
+    assert "Traceback" not in errors
+    again = run_segflow("run", raster, "-m", model, "-o", out, "--tile", 16)
+    assert again.returncode == 0
+    assert "kept of an interrupted run" in again.stderr
