@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import tempfile
 import time
+import traceback
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -14,9 +15,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from segcore.errors import CardError, PlanError, ProductError, SegcoreError
+from segcore.errors import CardError, PlanError, ProductError, SegcoreError, one_line
 from segcore.io import find_scenes, product_name
-from segcore.model.card import load_card
+from segcore.model.card import built_in_models, load_card
 from segcore.publish import write_json
 from segcore.scene import Outcome
 from segcore.spec import Job, Settings
@@ -51,6 +52,7 @@ class Summary:
     seconds: float
     records: tuple[SceneRecord, ...]
     job: dict[str, Any]
+    ended: bool = True
 
     def count(self, state: State) -> int:
         return sum(record.state == state for record in self.records)
@@ -72,7 +74,7 @@ class Summary:
             "host": platform.node(),
             "started": self.started,
             "seconds": round(self.seconds, 3),
-            "exit_code": self.exit_code,
+            "exit_code": self.exit_code if self.ended else None,
             "counts": {state: self.count(state) for state in ("done", "up to date", "failed")},
             **self.job,
             "scenes": [asdict(record) for record in self.records],
@@ -100,8 +102,8 @@ def find_jobs(arguments: Sequence[str], model: str, out: str, settings: Settings
                 f"different --out folders"
             )
     _check_writable(Path(out))
-    reference = str(Path(model).absolute()) if Path(model).exists() and loaded.folder.is_relative_to(model) else model
-    return [Job(uri, reference, str(Path(out).absolute()), settings) for uri in uris]
+    reference = model if model in built_in_models() else str(loaded.folder)
+    return [Job(name, uri, reference, str(Path(out).absolute()), settings) for name, (uri,) in named.items()]
 
 
 def run_batch(jobs: Iterable[Job], label: Callable[[Job], Outcome], ended: Callable[[SceneRecord], None]) -> Summary:
@@ -116,7 +118,8 @@ def run_batch(jobs: Iterable[Job], label: Callable[[Job], Outcome], ended: Calla
     described = {"model": first.model, "out": first.out, "settings": asdict(first.settings), "total": len(jobs)}
 
     def summary() -> Summary:
-        return Summary(run_id, first.out, started, time.perf_counter() - began, tuple(records), described)
+        seconds, ended = time.perf_counter() - began, len(records) == len(jobs)
+        return Summary(run_id, first.out, started, seconds, tuple(records), described, ended)
 
     for job in jobs:
         records.append(_attempt(job, label))
@@ -127,13 +130,18 @@ def run_batch(jobs: Iterable[Job], label: Callable[[Job], Outcome], ended: Calla
 
 def _attempt(job: Job, label: Callable[[Job], Outcome]) -> SceneRecord:
     began = time.perf_counter()
+    details: dict[str, Any] = {}
     try:
         outcome = label(job)
-    except SegcoreError as error:
-        name = product_name(job.uri)
+    except Exception as error:
+        # A scene that meets a fault of segflow itself fails as any other does; the next one has its chance.
+        kind, reason = type(error).__name__, str(error)
+        if not isinstance(error, SegcoreError):
+            reason = f"unexpected {kind}: {one_line(error)}; run.json has the details, please report this"
+            details = {"traceback": traceback.format_exc()}
         seconds = round(time.perf_counter() - began, 3)
-        return SceneRecord(name, job.uri, "failed", seconds, str(error), type(error).__name__)
-    details: dict[str, Any] = {
+        return SceneRecord(job.name, job.uri, "failed", seconds, reason, kind, details=details)
+    details = {
         "tiles": outcome.tiles,
         "tiles_kept": outcome.tiles_kept,
         "windows": outcome.windows,

@@ -88,7 +88,7 @@ def run(
     as_flow = server_is_configured() if prefect is None else prefect
     with reporting(quiet=as_json) as reporter:
         if as_flow:
-            summary = _run_flow(scenes, model, out, settings, cluster)
+            summary = _run_flow(scenes, model, out, settings, cluster, reporter)
         else:
             summary = _run_here(find_jobs(scenes, model, out, settings), cluster, reporter)
     if as_json:
@@ -114,10 +114,11 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Show how a scene would be tiled, without running the network."""
+    from segcore.io import product_name
     from segcore.scene import provenance, survey
 
     settings = _settings(memory, tile, mode, overlap, False, bands, scale, offset)
-    prospect = survey(Job(scene, model, out, settings))
+    prospect = survey(Job(product_name(scene), scene, model, out, settings))
     facts = provenance(prospect, "", "")["segflow:plan"] | {"tiles": len(prospect.plan)}
     facts |= {"scene": prospect.source.uri, "grid": list(prospect.source.grid.shape)}
     if as_json:
@@ -127,7 +128,7 @@ def plan(
     table.add_row("scene", f"{source.name}, {source.grid} pixels, {len(source.channels)} channels")
     table.add_row("mode", _mode_sentence(facts))
     table.add_row("tiles", f"{len(prospect.plan)} with cores of {_times(facts['core'])}")
-    table.add_row("work", f"{facts['work']:.2f} times the pixels that the network sees ({_times(facts['lattice'])})")
+    table.add_row("work", f"{facts['work']:.2f} times the pixels that the network sees ({_times(facts['canvas'])})")
     table.add_row("memory", f"{format_bytes(facts['predicted_memory_bytes'])} at the peak (predicted)")
     for warning in prospect.source.warnings:
         table.add_row("warning", warning)
@@ -148,7 +149,7 @@ def demo(
         ran = []
         for scene, model in ((item, examples.CLOUD_MODEL), (volume, examples.BRAIN_MODEL)):
             if prefect:
-                summary = _run_flow([str(scene)], model, out, Settings(), None)
+                summary = _run_flow([str(scene)], model, out, Settings(), None, reporter)
             else:
                 summary = _run_here(find_jobs([str(scene)], model, out, Settings()), None, reporter)
             worst = max(worst, summary["exit_code"])
@@ -214,7 +215,9 @@ def _run_here(jobs: list[Job], cluster: str | None, reporter: Reporter) -> dict[
     return summary.to_json()
 
 
-def _run_flow(scenes: list[str], model: str, out: str, settings: Settings, cluster: str | None) -> dict[str, Any]:
+def _run_flow(
+    scenes: list[str], model: str, out: str, settings: Settings, cluster: str | None, reporter: Reporter
+) -> dict[str, Any]:
     """Run the batch as a Prefect flow, on the configured server or on the embedded one."""
     jobs = find_jobs(scenes, model, out, settings)
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
@@ -231,10 +234,10 @@ def _run_flow(scenes: list[str], model: str, out: str, settings: Settings, clust
         **parameters,
         return_state=True,
     )
-    document: dict[str, Any] = json.loads((Path(out) / "run.json").read_text(encoding="utf-8"))
-    if state.is_crashed():
-        raise SegcoreError(f"the flow run crashed: {state.message}")
-    return document
+    if reporter.summary is None:
+        raise SegcoreError(state.message or f"the flow run ended as {state.name}")
+    summary, reporter.summary = reporter.summary, None
+    return summary.to_json()
 
 
 def _settings(

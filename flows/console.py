@@ -12,7 +12,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from flows.batch import SceneRecord
+from flows.batch import SceneRecord, Summary
 
 #: Seconds between two plain lines about one scene.
 _QUIET_SECONDS = 10.0
@@ -33,9 +33,15 @@ class Reporter(Protocol):
         """Something else worth a line."""
         ...
 
+    summary: Summary | None
+    """Left here by a run that has ended; a flow has no other way to hand it to the command that called it."""
+
 
 class Silent:
-    """Says nothing: for `--json`, and for flows that run where nobody looks."""
+    """Says nothing: for `--json`."""
+
+    def __init__(self) -> None:
+        self.summary: Summary | None = None
 
     def progress(self, name: str, done: int, total: int) -> None: ...
 
@@ -48,6 +54,7 @@ class Lines:
     """Plain lines on standard error: logs of scheduled jobs are read by people and by grep."""
 
     def __init__(self) -> None:
+        self.summary: Summary | None = None
         self._last: dict[str, float] = {}
 
     def progress(self, name: str, done: int, total: int) -> None:
@@ -67,6 +74,7 @@ class Bar:
     """A bar for the scene under way, and a line for each that has ended."""
 
     def __init__(self, console: Console) -> None:
+        self.summary: Summary | None = None
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tiles")
         self.live = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
         self._tasks: dict[str, TaskID] = {}
@@ -86,8 +94,23 @@ class Bar:
         self.live.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-#: Whom the flow tells, when it runs inside the command. Prefect's parameters are JSON values, so it goes this way.
-current_reporter: ContextVar[Reporter | None] = ContextVar("current_reporter", default=None)
+#: Whom a flow tells. Its parameters are JSON values, so this way leads past them.
+_current: ContextVar[Reporter | None] = ContextVar("reporter", default=None)
+
+
+def current_reporter() -> Reporter | None:
+    """The reporter of the command around this code, or of the flow."""
+    return _current.get()
+
+
+@contextlib.contextmanager
+def report_to(reporter: Reporter) -> Iterator[Reporter]:
+    """Make this the current reporter."""
+    token = _current.set(reporter)
+    try:
+        yield reporter
+    finally:
+        _current.reset(token)
 
 
 @contextlib.contextmanager
@@ -104,9 +127,7 @@ def reporting(quiet: bool) -> Iterator[Reporter]:
             reporter = bar
         else:
             reporter = Lines()
-        token = current_reporter.set(reporter)
-        stack.callback(current_reporter.reset, token)
-        yield reporter
+        yield stack.enter_context(report_to(reporter))
 
 
 def sentence(record: SceneRecord) -> str:

@@ -3,8 +3,7 @@
 Prefect keeps no cache of scenes: whether a product is up to date is decided by its manifest, which knows.
 """
 
-from __future__ import annotations
-
+# Annotations are real here, not texts: Prefect makes a form of them, also in processes that get this module pickled.
 import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -19,7 +18,7 @@ from prefect.states import Completed, Failed
 from pydantic import Field
 
 from flows.batch import SceneRecord, Summary, find_jobs, run_batch
-from flows.console import Lines, Reporter, current_reporter
+from flows.console import Lines, current_reporter, report_to
 from segcore.errors import SegcoreError
 from segcore.execute import Workers
 from segcore.scene import Outcome, segment_scene
@@ -49,7 +48,7 @@ def _may_help(_task: object, _run: TaskRun, state: State[Any]) -> bool:
 )
 def label_scene(name: str, job: dict[str, Any], workers: Workers) -> Outcome:
     """Label one scene (`job`: the fields of a Job). Raises SegcoreError."""
-    reporter = current_reporter.get() or Lines()
+    reporter = current_reporter() or Lines()
     return segment_scene(_job(job), workers, reporter.progress)
 
 
@@ -79,29 +78,33 @@ def segment(
 
     Ends as Failed when a scene failed, with all others done; the table artifact says which and why.
     """
-    settings = Settings(
-        parse_bytes(memory) if memory else None,
-        tile,
-        mode,
-        overlap,
-        scores,
-        tuple(bands) if bands else None,
-        scale,
-        offset,
-    )
-    reporter: Reporter = current_reporter.get() or _Logged()
-    jobs = find_jobs(scenes, model, out, settings)
-    with Workers(cluster) as workers:
-        summary = run_batch(
-            jobs,
-            lambda job: label_scene(job.uri.rpartition("/")[2], asdict(job), workers),
-            reporter.ended,
+    try:
+        settings = Settings(
+            parse_bytes(memory) if memory else None,
+            tile,
+            mode,
+            overlap,
+            scores,
+            tuple(bands) if bands else None,
+            scale,
+            offset,
         )
+        jobs = find_jobs(scenes, model, out, settings)
+        summary = _label(jobs, cluster)
+    except SegcoreError as error:
+        return Failed(message=str(error))
     _publish_table(summary)
     failed = summary.count("failed")
     if failed:
         return Failed(message=f"{failed} of {len(summary.records)} scenes failed; see the table and {out}/run.json")
     return Completed(message=f"{summary.count('done')} done, {summary.count('up to date')} up to date")
+
+
+def _label(jobs: list[Job], cluster: str | None) -> Summary:
+    with report_to(current_reporter() or _Logged()) as reporter, Workers(cluster) as workers:
+        summary = run_batch(jobs, lambda job: label_scene(job.name, asdict(job), workers), reporter.ended)
+        reporter.summary = summary
+    return summary
 
 
 class _Logged(Lines):
@@ -136,4 +139,4 @@ def _row(record: SceneRecord) -> dict[str, Any]:
 def _job(fields: dict[str, Any]) -> Job:
     settings = dict(fields["settings"])
     settings["bands"] = tuple(settings["bands"]) if settings["bands"] else None
-    return Job(fields["uri"], fields["model"], fields["out"], Settings(**settings))
+    return Job(fields["name"], fields["uri"], fields["model"], fields["out"], Settings(**settings))

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import pickle
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from itertools import islice
 from typing import TypeVar
+from uuid import uuid4
 
 import psutil
 from distributed import Client, Future, KilledWorker, LocalCluster, Worker, WorkerPlugin, as_completed, get_worker
@@ -42,9 +44,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """All that a worker has to know to label tiles of one scene. `key` is unique to this pass over it."""
+    """All that a worker has to know to label tiles of one scene."""
 
-    key: str
     plan: Plan
     model: Model
     source: Source
@@ -78,26 +79,47 @@ class Bench(WorkerPlugin):  # type: ignore[misc]
 
     def __init__(self, engine_threads: int | None) -> None:
         self._engine_threads = engine_threads
-        self._threads = 1
-        self._lock: threading.Lock | None = None
 
     def setup(self, worker: Worker) -> None:
         self._threads = self._engine_threads or worker.state.nthreads
         self._lock = threading.Lock()
         self._segmenters: OrderedDict[str, Segmenter] = OrderedDict()
         self._recipes: OrderedDict[str, Recipe] = OrderedDict()
+        self._stopped: set[str] = set()
+        self._active: Counter[str] = Counter()
+        # The plan counts on so many tiles at once, however many threads the worker has.
+        self.places = threading.Semaphore(TILES_IN_FLIGHT)
 
-    def recipe(self, recipe: Recipe) -> Recipe:
+    def recipe(self, key: str, packed: bytes) -> Recipe:
         """The recipe as this process opened it first, so that its files are opened once."""
-        assert self._lock is not None
         with self._lock:
-            return _recent(self._recipes, recipe.key, lambda: recipe, keep=8)
+            return _recent(self._recipes, key, lambda: pickle.loads(packed), keep=8)
 
     def segmenter(self, model: Model) -> Segmenter:
         """The network of a model, loaded on first use."""
-        assert self._lock is not None
         with self._lock:
             return _recent(self._segmenters, model.digest, lambda: load_segmenter(model, self._threads), keep=2)
+
+    @contextlib.contextmanager
+    def working(self, key: str) -> Iterator[None]:
+        """Says that a batch of this pass is under way."""
+        with self._lock:
+            self._active[key] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._active[key] -= 1
+
+    def stopped(self, key: str) -> bool:
+        """Whether this pass is to end after the tile under way."""
+        return key in self._stopped
+
+    def stop(self, key: str) -> int:
+        """End a pass; returns how many of its batches are still under way."""
+        with self._lock:
+            self._stopped.add(key)
+            return self._active[key]
 
 
 class Workers:
@@ -160,59 +182,58 @@ def label_tiles(recipe: Recipe, todo: Iterable[Index], workers: Workers) -> Iter
     A batch that fails is tried again tile by tile, unless its error says that this is of no use. Raises the error of
     a tile that failed for good, after every tile under way has ended.
     """
-    rest, size, seconds = iter(todo), 1, 0.0
-    attempts: dict[Index, int] = {}
+    key, packed = uuid4().hex, pickle.dumps(recipe)
+    rest, size = iter(todo), 1
+    again: deque[Index] = deque()
+    attempts: Counter[Index] = Counter()
     running: dict[Future, list[Index]] = {}
     ended = as_completed(loop=workers.client.loop)
+    most = workers.threads + 1
 
-    def submit(batch: list[Index]) -> None:
-        future = workers.client.submit(_label_batch, recipe, batch, pure=False, retries=0)
-        running[future] = batch
-        ended.add(future)
+    def fill() -> None:
+        """Submit until enough is under way: what failed before goes first, and alone."""
+        while len(running) < most and (batch := [again.popleft()] if again else list(islice(rest, size))):
+            future = workers.client.submit(_label_batch, key, packed, batch, pure=False)
+            running[future] = batch
+            ended.add(future)
 
     try:
-        for _ in range(workers.threads + 1):
-            if batch := list(islice(rest, size)):
-                submit(batch)
+        fill()
         while running:
             future = next(ended)
             batch = running.pop(future)
             try:
                 reports: list[TileReport] = future.result()
-            except (
-                SegcoreError,
-                KilledWorker,
-                CancelledError,
-                OSError,
-                MemoryError,
-                RuntimeError,
-                ValueError,
-            ) as error:
+            except (Exception, CancelledError) as error:
                 for index in batch:
-                    _allow_again(index, attempts, error)
+                    attempts[index] += 1
+                    _refuse_hopeless(index, attempts[index], error)
+                again.extend(batch)
                 time.sleep(0.2)
-                for index in batch:
-                    submit([index])
-                continue
-            finally:
-                future.release()
-            seconds = sum(r.seconds for r in reports) / len(reports)
-            size = min(256, max(1, round(BATCH_SECONDS / max(seconds, 1e-6))))
-            while len(running) < workers.threads + 1 and (batch := list(islice(rest, size))):
-                submit(batch)
-            yield from reports
+            else:
+                seconds = sum(report.seconds for report in reports) / max(1, len(reports))
+                size = min(256, max(1, round(BATCH_SECONDS / max(seconds, 1e-6))))
+                yield from reports
+            fill()
     finally:
-        workers.client.cancel(list(running), force=True)
-        # Tiles of this process cannot be stopped half-way; let them end before anyone removes what they write to.
-        wait_for_idle(workers)
+        workers.client.cancel(list(running))
+        _wait_until_stopped(workers, key)
 
 
-def wait_for_idle(workers: Workers, timeout: float = 60) -> None:
-    """Wait (at most `timeout` seconds) until no worker runs a tile."""
+def _wait_until_stopped(workers: Workers, key: str, timeout: float = 60) -> None:
+    """Wait (at most `timeout` seconds) until no worker is inside a tile of this pass.
+
+    A tile cannot be stopped half-way; nobody may remove what it writes to before it ends.
+    """
     until = time.monotonic() + timeout
     with contextlib.suppress(OSError, TimeoutError, ValueError):
-        while time.monotonic() < until and any(workers.client.processing().values()):
+        while time.monotonic() < until and any(workers.client.run(_stop, key).values()):
             time.sleep(0.05)
+
+
+def _stop(key: str, dask_worker: Worker) -> int:
+    """Runs on every worker."""
+    return dask_worker.plugins[_PLUGIN].stop(key) if _PLUGIN in dask_worker.plugins else 0
 
 
 def free_memory() -> int:
@@ -220,44 +241,46 @@ def free_memory() -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _label_batch(recipe: Recipe, batch: list[Index]) -> list[TileReport]:
+def _label_batch(key: str, packed: bytes, batch: list[Index]) -> list[TileReport]:
     """Runs on a worker."""
     bench: Bench = get_worker().plugins[_PLUGIN]
-    recipe = bench.recipe(recipe)
-    segmenter = bench.segmenter(recipe.model)
     reports = []
-    for index in batch:
-        tile = recipe.plan.tile(index)
-        result = label_tile(tile, recipe.plan, recipe.model.card, recipe.source, recipe.scaling, segmenter)
-        began = time.perf_counter()
-        recipe.scratch.write(index, tile.core, result.labels, result.scores)
-        written = time.perf_counter() - began
-        reports.append(
-            TileReport(
-                index,
-                result.valid,
-                result.windows,
-                result.read_seconds,
-                result.infer_seconds,
-                result.label_seconds,
-                written,
-                segmenter.engine,
-            )
-        )
+    with bench.working(key):
+        recipe = bench.recipe(key, packed)
+        segmenter = bench.segmenter(recipe.model)
+        for index in batch:
+            if bench.stopped(key):
+                break
+            with bench.places:
+                reports.append(_label_one(recipe, index, segmenter))
     return reports
 
 
-def _allow_again(index: Index, attempts: dict[Index, int], error: BaseException) -> None:
-    """Count a failure. Raises when the tile is not to be tried again."""
-    attempts[index] = attempts.get(index, 0) + 1
-    if isinstance(error, SegcoreError) and not error.retryable:
+def _label_one(recipe: Recipe, index: Index, segmenter: Segmenter) -> TileReport:
+    tile = recipe.plan.tile(index)
+    result = label_tile(tile, recipe.plan, recipe.model.card, recipe.source, recipe.scaling, segmenter)
+    began = time.perf_counter()
+    recipe.scratch.write(index, tile.core, result.labels, result.scores)
+    return TileReport(
+        index,
+        result.valid,
+        result.windows,
+        result.read_seconds,
+        result.infer_seconds,
+        result.label_seconds,
+        time.perf_counter() - began,
+        segmenter.engine,
+    )
+
+
+def _refuse_hopeless(index: Index, attempts: int, error: BaseException) -> None:
+    """Raises when a tile is not to be tried again."""
+    if isinstance(error, SegcoreError) and (not error.retryable or attempts >= ATTEMPTS):
         raise error
-    if attempts[index] >= ATTEMPTS:
-        if isinstance(error, SegcoreError):
-            raise error
+    if attempts >= ATTEMPTS:
         raise ModelError(
-            f"tile {index} failed {ATTEMPTS} times, at last with {type(error).__name__}: {one_line(error)}",
-            retryable=isinstance(error, (KilledWorker, CancelledError, OSError)),
+            f"tile {index} failed {attempts} times, at last with {type(error).__name__}: {one_line(error)}",
+            retryable=isinstance(error, (KilledWorker, CancelledError, OSError, MemoryError)),
         ) from error
 
 

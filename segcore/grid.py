@@ -40,7 +40,7 @@ class Grid:
 
 @dataclass(frozen=True, slots=True)
 class Rescale:
-    """Linear interpolation from one lattice to another over the same extent, edge on edge, per axis.
+    """Linear interpolation from one grid to another over the same extent, edge on edge, per axis.
 
     The centre of target pixel t lies at (t + 1/2) * source / target - 1/2 in source pixels. The kernel is a triangle
     whose half-width is one source pixel when refining and one target pixel when coarsening, so that coarsening
@@ -53,7 +53,7 @@ class Rescale:
 
     def __post_init__(self) -> None:
         if len(self.source) != len(self.target):
-            raise ValueError(f"lattices of different dimension: {self.source}, {self.target}")
+            raise ValueError(f"grids of different dimension: {self.source}, {self.target}")
 
     @property
     def identity(self) -> bool:
@@ -76,7 +76,7 @@ class Rescale:
         return 1 if source == target else 2 * -(-max(source, target) // target)
 
     def support(self, box: Box) -> Box:
-        """The source pixels that the target pixels of `box` are made of, inside the source lattice."""
+        """The source pixels that the target pixels of `box` are made of, inside the source grid."""
         start, stop = [], []
         for axis, (a, b) in enumerate(zip(box.start, box.stop, strict=True)):
             n = self.source[axis]
@@ -86,18 +86,13 @@ class Rescale:
 
 
 def mirrored(box: Box, shape: Sequence[int]) -> Box:
-    """The pixels of a lattice of `shape` that `box` shows when it is padded by mirroring at the borders.
+    """The pixels of a grid of `shape` that `box` shows when the grid is padded at its end by mirroring.
 
-    Mirroring repeats the border pixel (numpy's `symmetric`). A box that reaches further outside than the lattice is
-    long needs the whole axis.
+    Mirroring repeats the border pixel (numpy's `symmetric`). `box` starts inside the grid; where it reaches further
+    past the end than the grid is long, it shows the whole axis.
     """
     start, stop = [], []
     for a, b, n in zip(box.start, box.stop, shape, strict=True):
-        lo, hi = min(max(a, 0), n - 1), max(min(b, n), 1)
-        if a < 0:
-            lo, hi = 0, max(hi, min(n, -a))
-        if b > n:
-            lo, hi = min(lo, max(0, 2 * n - b)), n
-        start.append(lo)
-        stop.append(max(hi, lo + 1))
+        start.append(a if b <= n else min(a, max(0, 2 * n - b)))
+        stop.append(min(b, n))
     return Box(tuple(start), tuple(stop))

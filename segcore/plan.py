@@ -11,7 +11,7 @@
     +-----------------------------+
 
 Cores and reads lie on the scene's own grid. Windows lie on the network's grid, which is the same one unless the model
-wants another spacing; `Plan.rescale` leads from the scene's lattice to the network's.
+wants another spacing; `Plan.rescale` leads from the scene's grid to the network's.
 """
 
 from __future__ import annotations
@@ -53,24 +53,21 @@ class Tile:
 
     @property
     def hull(self) -> Box:
-        """The smallest box around the tile's windows."""
-        hull = self.windows[0]
-        for window in self.windows[1:]:
-            hull |= window
-        return hull
+        """The smallest box around the tile's windows, which stand in the order of their lattice."""
+        return self.windows[0] | self.windows[-1]
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """The tiling of one scene.
 
-    `grid`: the scene's; `lattice`: shape of the network's grid (pixels); `core`: shape of a core on the scene's grid;
+    `grid`: the scene's; `canvas`: shape of the network's grid (pixels); `core`: shape of a core on the scene's grid;
     `memory`: predicted peak of one worker process, in bytes. Tiles are made on demand, so a plan of a million of
     them is as small as a plan of one.
     """
 
     grid: Grid
-    lattice: tuple[int, ...]
+    canvas: tuple[int, ...]
     sight: Sight
     mode: Literal["exact", "blend"]
     core: tuple[int, ...]
@@ -78,7 +75,7 @@ class Plan:
 
     @property
     def rescale(self) -> Rescale:
-        return Rescale(self.grid.shape, self.lattice)
+        return Rescale(self.grid.shape, self.canvas)
 
     @property
     def counts(self) -> Index:
@@ -104,7 +101,7 @@ class Plan:
     def window_counts(self) -> tuple[int, ...]:
         """Blend mode: number of windows per axis of the lattice that covers the whole scene."""
         assert self.sight.window is not None
-        triples = zip(self.lattice, self.sight.window, self.sight.step, strict=True)
+        triples = zip(self.canvas, self.sight.window, self.sight.step, strict=True)
         return tuple(max(1, -(-(n - w) // s) + 1) for n, w, s in triples)
 
     def core_box(self, index: Index) -> Box:
@@ -120,8 +117,7 @@ class Plan:
         core = self.core_box(index)
         target = self.rescale.inverse().support(core)
         windows = (self._exact_window(target),) if self.mode == "exact" else tuple(self._lattice_windows(target))
-        hull = windows[0] | windows[-1]
-        read = self.rescale.support(mirrored(hull, self.lattice))
+        read = self.rescale.support(mirrored(windows[0] | windows[-1], self.canvas))
         return Tile(index, core, read, target, windows)
 
     def _exact_window(self, target: Box) -> Box:
@@ -130,7 +126,7 @@ class Plan:
         There it ends where the whole scene, padded to the stride, would end, so that the network pads a tile where
         it would pad the whole.
         """
-        whole = Box.of(self.lattice).snap(self.sight.stride)
+        whole = Box.of(self.canvas).snap(self.sight.stride)
         return target.snap(self.sight.stride).grow(self.halo) & whole
 
     def _lattice_windows(self, target: Box) -> Iterator[Box]:
@@ -154,7 +150,7 @@ class Plan:
             # Windows of an axis do not depend on the other axes: count them per axis, not per tile.
             per_axis = [self._windows_along(axis) for axis in range(len(self.core))]
             assert self.sight.window is not None
-            return prod(per_axis) * prod(self.sight.window) / prod(self.lattice)
+            return prod(per_axis) * prod(self.sight.window) / prod(self.canvas)
         lengths = []
         for axis, count in enumerate(self.counts):
             index = [0] * len(self.core)
@@ -163,7 +159,7 @@ class Plan:
                 index[axis] = i
                 total += self._exact_window(self.rescale.inverse().support(self.core_box(tuple(index)))).shape[axis]
             lengths.append(total)
-        return prod(lengths) / prod(self.lattice)
+        return prod(lengths) / prod(self.canvas)
 
     def _windows_along(self, axis: int) -> int:
         total = 0
@@ -177,7 +173,7 @@ class Plan:
 
 def make_plan(
     grid: Grid,
-    lattice: tuple[int, ...],
+    canvas: tuple[int, ...],
     sight: Sight,
     cost: Cost,
     memory: int,
@@ -191,17 +187,17 @@ def make_plan(
     on the whole scene in one piece. Raises PlanError, with the numbers, for what cannot work.
     """
     chosen = _choose_mode(sight, mode)
-    if prod(lattice) < prod(sight.stride):
+    if prod(canvas) < prod(sight.stride):
         raise PlanError(
-            f"a scene of {_times(lattice)} pixels, as the network sees it, is smaller than one cell of the network's "
+            f"a scene of {_times(canvas)} pixels, as the network sees it, is smaller than one cell of the network's "
             f"coarsest level ({_times(sight.stride)}): there is nothing to see but padding; label it together with its "
             f"surroundings"
         )
     whole_only = chosen == "exact" and not sight.local
 
     def plan_of(core: tuple[int, ...]) -> Plan:
-        bare = Plan(grid, lattice, sight, chosen, core, 0)
-        return Plan(grid, lattice, sight, chosen, core, _predict_memory(bare, cost))
+        bare = Plan(grid, canvas, sight, chosen, core, 0)
+        return Plan(grid, canvas, sight, chosen, core, _predict_memory(bare, cost))
 
     if whole_only:
         if core is not None and any(n > c for n, c in zip(grid.shape, core, strict=True)):
@@ -225,7 +221,7 @@ def make_plan(
                 f"the {format_bytes(memory)} budget; use --memory {_round_up(plan.memory)} or a smaller --tile"
             )
         return plan
-    for side in _sides(grid, lattice, sight, chosen):
+    for side in _sides(grid, canvas, sight, chosen):
         plan = plan_of(tuple(min(n, s) for n, s in zip(grid.shape, side, strict=True)))
         if plan.memory <= memory:
             return plan
@@ -258,12 +254,12 @@ def _choose_mode(sight: Sight, mode: Mode) -> Literal["exact", "blend"]:
 
 
 def _sides(
-    grid: Grid, lattice: tuple[int, ...], sight: Sight, mode: Literal["exact", "blend"]
+    grid: Grid, canvas: tuple[int, ...], sight: Sight, mode: Literal["exact", "blend"]
 ) -> Iterator[tuple[int, ...]]:
     """Shapes of cores to try, largest first: whole multiples of the window step, or of the stride."""
     unit = sight.step if mode == "blend" else sight.stride
     # The network's pixels per pixel of the scene: a core is chosen on the scene's grid.
-    native = [max(1, u * n // m) for u, n, m in zip(unit, grid.shape, lattice, strict=True)]
+    native = [max(1, u * n // m) for u, n, m in zip(unit, grid.shape, canvas, strict=True)]
     side = max(1, round(LARGEST_CORE ** (1 / len(native))))
     while True:
         shape = tuple(max(u, side // u * u) for u in native)
@@ -275,12 +271,13 @@ def _sides(
 
 def _predict_memory(plan: Plan, cost: Cost) -> int:
     """Bytes of one worker process at its peak: arrays of the tiles under way, and one window in the engine."""
-    middle = plan.tile(tuple(n // 2 for n in plan.counts))
+    # A tile in the middle needs most; of two on an axis the first one does, as the last may be a sliver.
+    middle = plan.tile(tuple((n - 1) // 2 for n in plan.counts))
     hull, window = middle.hull.size, middle.windows[0].size
     array = 4 * cost.channels * (2 * middle.read.size + 2 * hull)
     scores = 4 * cost.classes * (2 * middle.target.size + middle.core.size) + 8 * middle.core.size
     in_flight = min(TILES_IN_FLIGHT, len(plan))
-    engine = cost.fixed_bytes + int(cost.engine_bytes_per_pixel * window)
+    engine = int(cost.engine_bytes_per_pixel * window)
     return PROCESS_BYTES + in_flight * (array + scores) + engine
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +107,8 @@ def publish(
     legend, name = legend_of(card), source.name
     when = source.datetime or str(properties["created"])
     try:
-        hidden.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(hidden, ignore_errors=True)  # what an interrupted run left
+        hidden.mkdir(parents=True)
         assets: dict[str, Asset] = {}
         files: list[Path] = []
         mask = source.frame.write_labels(hidden / f"{name}_mask{source.frame.suffix}", scratch, legend)
@@ -116,6 +119,7 @@ def publish(
         files += mask
         if scores:
             written = source.frame.write_scores(hidden / f"{name}_scores{source.frame.suffix}", scratch, legend)
+            source.frame.verify_scores(written[0], scratch, legend)
             fields = {"data_type": "float32", "bands": [{"name": label.name} for label in card.classes]}
             assets["scores"] = _asset(written[0], "Score of every class", ("data",), fields)
             files += written
@@ -143,10 +147,10 @@ def publish(
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
     """Write a JSON file in one step: it is there whole, or as it was."""
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("w", encoding="utf-8") as file:
-        json.dump(document, file, indent=2, ensure_ascii=False, allow_nan=False)
-        file.write("\n")
+        file.write(f"{text}\n")
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
@@ -154,12 +158,15 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
 
 def _move(files: list[Path], document: Mapping[str, Any], manifest: Path) -> None:
     """The commit: old manifest away, new files in place, files of an older product away, new manifest."""
+    json.dumps(document, allow_nan=False)  # a manifest that cannot be written must not cost an older product
     folder = manifest.parent
     folder.mkdir(parents=True, exist_ok=True)
+    _sync(folder.parent)
     for file in files:
         _sync(file)
     older = read_manifest(manifest)
     manifest.unlink(missing_ok=True)
+    _sync(folder)
     for file in files:
         os.replace(file, folder / file.name)
     if older is not None:
@@ -200,7 +207,7 @@ def _class_fields(card: Card) -> dict[str, Any]:
     classes = [
         {
             "value": label.index,
-            "name": label.name.replace(" ", "-"),
+            "name": re.sub(r"[^0-9A-Za-z_-]+", "-", label.name),
             "description": label.name,
             "color_hint": "".join(f"{part:02X}" for part in label.color),
         }

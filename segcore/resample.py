@@ -1,4 +1,4 @@
-"""Linear interpolation between two lattices, the arithmetic behind `segcore.grid.Rescale`.
+"""Linear interpolation between two grids, the arithmetic behind `segcore.grid.Rescale`.
 
 One implementation for rasters and volumes, for bands of another resolution, for the spacing that a model wants and for
 scores on their way back. Every output pixel is summed over the same inputs in the same order whatever box is asked
@@ -17,7 +17,7 @@ Floats = NDArray[np.float32]
 
 
 def interpolate(array: Floats, at: Box, rescale: Rescale, box: Box) -> Floats:
-    """The pixels of `box` on the target lattice, from `array` (C, *at.shape) that shows `at` of the source lattice.
+    """The pixels of `box` on the target grid, from `array` (C, *at.shape) that shows `at` of the source grid.
 
     `at` holds `rescale.support(box)`. NaN marks invalid pixels: they take no part, and an output is NaN where they
     hold more than half of its weight. Returns (C, *box.shape).

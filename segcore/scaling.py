@@ -11,14 +11,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from segcore.errors import SceneError
 from segcore.io.source import Floats, Source, slabs
 from segcore.model.card import Affine, ClipPercentiles, Fill, Standardise, Step
-
-#: Bins of one pass over the scene for its percentiles; three passes find a value to 2^-36 of the scene's range.
-_BINS = 4096
-_PASSES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,44 +80,41 @@ def fit_scaling(steps: Sequence[Step], source: Source) -> Scaling:
 def percentiles(
     blocks: Callable[[], Iterable[Floats]], channels: int, ranks: tuple[float, ...], uri: str
 ) -> list[tuple[float, ...]]:
-    """For each rank (0 to 100) the percentile of each channel over all blocks, NaN left out.
+    """For each rank (0 to 100) the percentile of each channel over all blocks, NaN left out; exactly numpy's.
 
-    The value below which that share of the pixels lies, found by histograms that are refined around it, so that a
-    scene of any size takes no more memory than one block. Raises SceneError for a channel without a valid pixel.
+    Two passes of counting: float32 values, read as integers that keep their order, are counted by their upper 16 bits,
+    and then by their lower 16 bits in the few bins where a wanted value lies. So a scene of any size takes the memory
+    of one block. Raises SceneError for a channel without a valid pixel.
     """
-    low = np.full(channels, np.inf)
-    high = np.full(channels, -np.inf)
-    count = np.zeros(channels, np.int64)
+    upper = np.zeros((channels, 2**16), np.int64)
     for block in blocks():
         for c in range(channels):
-            valid = block[c][~np.isnan(block[c])]
-            if valid.size:
-                low[c], high[c] = min(low[c], valid.min()), max(high[c], valid.max())
-                count[c] += valid.size
-    if not count.all():
-        raise SceneError(
-            f"{uri} has no valid pixel in channel {int(np.argmin(count)) + 1} of {channels}: all are nodata"
-        )
-    edges = np.stack([np.stack([low, high])] * len(ranks))  # (ranks, 2, channels): brackets of the values sought
-    for _ in range(_PASSES):
-        counts = np.zeros((len(ranks), channels, _BINS), np.int64)
-        below = np.zeros((len(ranks), channels), np.int64)
-        for block in blocks():
-            for c in range(channels):
-                valid = block[c][~np.isnan(block[c])]
-                for r in range(len(ranks)):
-                    a, b = edges[r, :, c]
-                    below[r, c] += np.count_nonzero(valid < a)
-                    counts[r, c] += np.histogram(valid, bins=_BINS, range=(a, b))[0] if b > a else 0
-        for r, rank in enumerate(ranks):
-            for c in range(channels):
-                a, b = edges[r, :, c]
-                if b > a:
-                    wanted = rank / 100 * (count[c] - 1) - below[r, c]
-                    bin_ = min(int(np.searchsorted(np.cumsum(counts[r, c]), wanted, side="right")), _BINS - 1)
-                    width = (b - a) / _BINS
-                    edges[r, :, c] = a + bin_ * width, a + (bin_ + 1) * width
-    return [tuple(float(v) for v in edges[r].mean(axis=0)) for r in range(len(ranks))]
+            upper[c] += np.bincount(_ordered(block[c]) >> 16, minlength=2**16)
+    ends = upper.cumsum(axis=1)
+    count = ends[:, -1]
+    _refuse_empty(count, uri)
+    # Between which two pixels, in ascending order, each percentile lies.
+    places = np.array(ranks)[:, None] / 100 * (count - 1)
+    below, above = np.floor(places).astype(np.int64), np.ceil(places).astype(np.int64)
+    wanted = [{int(k) for k in (*below[:, c], *above[:, c])} for c in range(channels)]
+    bin_of = [{k: int(np.searchsorted(ends[c], k, side="right")) for k in wanted[c]} for c in range(channels)]
+    lower = {(c, b): np.zeros(2**16, np.int64) for c in range(channels) for b in bin_of[c].values()}
+    for block in blocks():
+        for c in range(channels):
+            keys = _ordered(block[c])
+            for b in set(bin_of[c].values()):
+                lower[c, b] += np.bincount(keys[keys >> 16 == b] & 0xFFFF, minlength=2**16)
+
+    def value(c: int, k: int) -> float:
+        b = bin_of[c][k]
+        rest = k - (int(ends[c, b - 1]) if b else 0)
+        return _from_ordered(b << 16 | int(np.searchsorted(lower[c, b].cumsum(), rest, side="right")))
+
+    found = []
+    for r in range(len(ranks)):
+        pairs = [(value(c, int(below[r, c])), value(c, int(above[r, c]))) for c in range(channels)]
+        found.append(tuple(a + (b - a) * float(places[r, c] - below[r, c]) for c, (a, b) in enumerate(pairs)))
+    return found
 
 
 def moments(
@@ -130,21 +124,19 @@ def moments(
 
     Raises SceneError for a channel without a valid pixel, or whose pixels are all the same.
     """
-    count = np.zeros(channels)
-    total = np.zeros(channels)
+    count = np.zeros(channels, np.int64)
+    total, squares = np.zeros(channels), np.zeros(channels)
     for block in blocks():
-        axes = tuple(range(1, block.ndim))
-        count += np.count_nonzero(~np.isnan(block), axis=axes)
-        total += np.nansum(block, axis=axes, dtype=np.float64)
-    if not count.all():
-        raise SceneError(
-            f"{uri} has no valid pixel in channel {int(np.argmin(count)) + 1} of {channels}: all are nodata"
-        )
+        for c in range(channels):
+            valid = block[c][~np.isnan(block[c])]
+            count[c] += valid.size
+            total[c] += valid.sum(dtype=np.float64)
+    _refuse_empty(count, uri)
     mean = total / count
-    squares = np.zeros(channels)
     for block in blocks():
-        axes = tuple(range(1, block.ndim))
-        squares += np.nansum((block - mean.reshape(-1, *(1,) * len(axes))) ** 2, axis=axes, dtype=np.float64)
+        for c in range(channels):
+            valid = block[c][~np.isnan(block[c])]
+            squares[c] += np.square(valid - mean[c], dtype=np.float64).sum()
     deviation = np.sqrt(squares / count)
     if not (deviation > 0).all():
         flat = int(np.argmin(deviation))
@@ -155,11 +147,30 @@ def moments(
     return tuple(map(float, mean)), tuple(map(float, deviation))
 
 
+def _ordered(values: Floats) -> NDArray[np.uint32]:
+    """Valid values as integers in the same order: a float's bits with the sign bit set, or all of them turned round."""
+    bits = np.ascontiguousarray(values[~np.isnan(values)], np.float32).view(np.uint32)
+    return np.where(bits >> 31, ~bits, bits | np.uint32(2**31))
+
+
+def _from_ordered(key: int) -> float:
+    bits = key ^ 2**31 if key >> 31 else key ^ 0xFFFFFFFF
+    return float(np.uint32(bits).view(np.float32))
+
+
+def _refuse_empty(count: NDArray[np.int64], uri: str) -> None:
+    if not count.all():
+        raise SceneError(
+            f"{uri} has no valid pixel in channel {int(np.argmin(count)) + 1} of {len(count)}: all are nodata; check "
+            f"its nodata value"
+        )
+
+
 def _scene_after(operations: tuple[Operation, ...], source: Source) -> Callable[[], Iterable[Floats]]:
     """The scene, block by block, as often as wanted; statistics are of valid pixels, so nothing is filled yet."""
 
     def blocks() -> Iterable[Floats]:
-        for box in slabs(source.grid):
+        for box in slabs(source.grid, 2**23 // len(source.channels)):
             values = source.read(box)
             for operation in operations:
                 if operation.kind != "fill":

@@ -20,7 +20,6 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
-from uuid import uuid4
 
 import numpy as np
 
@@ -89,17 +88,17 @@ def survey(job: Job) -> Prospect:
     model = load_card(job.model)
     source = open_scene(job.uri, wanted_by(model.card), job.settings)
     fingerprint = _fingerprint(job, model, source)
-    lattice = network_lattice(source, model.card)
+    canvas = canvas_of(source, model.card)
     sight = model.card.sight(job.settings.overlap)
     memory = job.settings.memory or free_memory() // 2
     side = job.settings.tile
-    core = (side,) * len(lattice) if side else _interrupted_core(job, source.name, fingerprint)
+    core = (side,) * len(canvas) if side else _interrupted_core(job, source.name, fingerprint)
     try:
-        plan = make_plan(source.grid, lattice, sight, model.card.cost(), memory, core=core, mode=job.settings.mode)
+        plan = make_plan(source.grid, canvas, sight, model.card.cost(), memory, core=core, mode=job.settings.mode)
     except PlanError:
         if side or core is None:
             raise
-        plan = make_plan(source.grid, lattice, sight, model.card.cost(), memory, mode=job.settings.mode)
+        plan = make_plan(source.grid, canvas, sight, model.card.cost(), memory, mode=job.settings.mode)
     return Prospect(job, model, source, plan, fingerprint)
 
 
@@ -114,8 +113,6 @@ def segment_scene(job: Job, workers: Workers, progress: Progress = lambda *_: No
     manifest = manifest_path(Path(job.out).absolute(), source.name)
     if is_current(manifest, prospect.fingerprint):
         return Outcome("up to date", source.name, source.uri, str(manifest), time.perf_counter() - began, len(plan))
-    check_range(source, card)
-    prospect.model.weights()
     with _locked(prospect.hidden):
         try:
             created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -127,8 +124,9 @@ def segment_scene(job: Job, workers: Workers, progress: Progress = lambda *_: No
                 len(card.classes) if job.settings.scores else None,
             )
             source = source.stage(prospect.hidden / "staged")
+            check_range(source, card)
             scaling = _fit_once(card, source, scratch)
-            recipe = Recipe(uuid4().hex, plan, prospect.model, source, scaling, scratch)
+            recipe = Recipe(plan, prospect.model, source, scaling, scratch)
             prepared = time.perf_counter()
             kept, reports = _label_all(recipe, workers, progress)
             labelled = time.perf_counter()
@@ -166,7 +164,7 @@ def segment_scene(job: Job, workers: Workers, progress: Progress = lambda *_: No
             )
         except SegcoreError as error:
             # Finished tiles are kept where the scene may still succeed: storage was away, or the disk full.
-            if not error.retryable and not isinstance(error, ProductError):
+            if isinstance(error, SceneError) and not error.retryable:
                 shutil.rmtree(prospect.hidden, ignore_errors=True)
             raise
         shutil.rmtree(prospect.hidden, ignore_errors=True)
@@ -190,7 +188,7 @@ def wanted_by(card: Card) -> Wanted:
     return Wanted(tuple(channel.name for channel in card.channels), card.axes, card.orientation)
 
 
-def network_lattice(source: Source, card: Card) -> tuple[int, ...]:
+def canvas_of(source: Source, card: Card) -> tuple[int, ...]:
     """Shape of the grid that the network sees: the scene's, or one with the spacing that the card wants."""
     grid: Grid = source.grid
     if card.spacing is None:
@@ -232,7 +230,7 @@ def provenance(prospect: Prospect, created: str, engine: str) -> dict[str, Any]:
         "mode": plan.mode,
         "core": list(plan.core),
         "counts": list(plan.counts),
-        "lattice": list(plan.lattice),
+        "canvas": list(plan.canvas),
     }
     tiling |= {"halo": list(plan.halo)} if plan.mode == "exact" else {}
     if plan.mode == "blend":

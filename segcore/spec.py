@@ -89,7 +89,6 @@ class Cost:
     channels: int
     classes: int
     engine_bytes_per_pixel: float
-    fixed_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +130,9 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One scene to label: its URI, the model (name or folder), the output folder and the settings."""
+    """One scene to label: name of its product, URI, model (name or folder), output folder and settings."""
 
+    name: str
     uri: str
     model: str
     out: str

@@ -85,51 +85,38 @@ class _Device:
 
 
 def _network_image(scaled: Floats, tile: Tile, plan: Plan, padding: str) -> Floats:
-    """The hull of the tile's windows on the network's lattice, (C, *hull), padded where it reaches outside."""
+    """The hull of the tile's windows on the network's grid, (C, *hull), padded where it reaches past the end."""
     hull = tile.hull
-    seen = mirrored(hull, plan.lattice)
+    seen = mirrored(hull, plan.canvas)
     image = interpolate(scaled, tile.read, plan.rescale, seen)
-    lattice = Box.of(plan.lattice)
-    inside = hull & lattice
-    margins = [(0, 0)] + [
-        (a - h, k - b) for a, h, b, k in zip(inside.start, hull.start, inside.stop, hull.stop, strict=True)
-    ]
-    if not any(before or after for before, after in margins):
-        return image[(slice(None), *inside.slices(seen.start))]
+    # What is mirrored may reach further in than the windows do: pad what was seen, then cut out the hull.
+    past = [(0, 0), *((0, max(0, stop - n)) for stop, n in zip(hull.stop, plan.canvas, strict=True))]
     mode = {"symmetric": "symmetric", "edge": "edge", "zero": "constant"}[padding]
-    if mode != "symmetric":
-        image = image[(slice(None), *inside.slices(seen.start))]
-        return np.pad(image, margins, mode=mode)  # type: ignore[call-overload]
-    # What is mirrored may reach further in than the windows do: pad all that was seen, then cut out the hull.
-    outer = [(0, 0)] + [
-        (max(0, -h), max(0, k - n)) for h, k, n in zip(hull.start, hull.stop, plan.lattice, strict=True)
-    ]
-    padded = np.pad(image, outer, mode="symmetric")
-    origin = tuple(s - before for s, (before, _) in zip(seen.start, outer[1:], strict=True))
-    return padded[(slice(None), *hull.slices(origin))]
+    padded = np.pad(image, past, mode=mode) if any(after for _, after in past) else image  # type: ignore[call-overload]
+    return padded[(slice(None), *hull.slices(seen.start))]
 
 
 def _target_scores(image: Floats, tile: Tile, plan: Plan, card: Card, device: _Device) -> Floats:
     """Scores of the tile's target, (K, *target), from one window (exact) or gathered from several (blend)."""
-    origin, target = tile.hull.start, tile.target
+    target = tile.target
+    windows = _window_scores(image, tile, card, device)
+    if plan.mode == "exact":
+        window, scores = next(windows)
+        return scores[(slice(None), *target.slices(window.start))]
     total = np.zeros((len(card.classes), *target.shape), np.float32)
     weights = np.zeros(target.shape, np.float32)
-    for window, scores in _window_scores(image, origin, tile.windows, card, device):
+    for window, scores in windows:
         seen = window & target
-        part = scores[(slice(None), *seen.slices(window.start))]
-        if plan.mode == "exact":
-            return part
         weight = window_weights(window.shape)[seen.slices(window.start)]
         at = seen.slices(target.start)
-        total[(slice(None), *at)] += part * weight
+        total[(slice(None), *at)] += scores[(slice(None), *seen.slices(window.start))] * weight
         weights[at] += weight
     return total / weights
 
 
-def _window_scores(
-    image: Floats, origin: tuple[int, ...], windows: tuple[Box, ...], card: Card, device: _Device
-) -> Iterator[tuple[Box, Floats]]:
+def _window_scores(image: Floats, tile: Tile, card: Card, device: _Device) -> Iterator[tuple[Box, Floats]]:
     """Every window with its scores after the activation, in order, inferred in batches."""
+    windows, origin = tile.windows, tile.hull.start
     for first in range(0, len(windows), device.batch):
         group = windows[first : first + device.batch]
         batch = np.stack([image[(slice(None), *window.slices(origin))] for window in group])

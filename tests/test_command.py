@@ -20,8 +20,8 @@ CLOUDS = "ukis-csmask-6b-l1c"
 
 def write(path: Path, values: np.ndarray, names: tuple[str, ...] = (), **options: object) -> Path:
     count, rows, cols = values.shape
-    with rasterio.open(path, "w", driver="GTiff", count=count, height=rows, width=cols, dtype=values.dtype,
-                       crs="EPSG:32616", transform=from_origin(452475, 3408645, 30, 30), **options) as file:  # fmt: skip
+    profile = {"crs": "EPSG:32616", "transform": from_origin(452475, 3408645, 30, 30), "dtype": values.dtype, **options}
+    with rasterio.open(path, "w", driver="GTiff", count=count, height=rows, width=cols, **profile) as file:
         file.write(values)
         for i, name in enumerate(names, start=1):
             file.set_band_description(i, name)

@@ -45,13 +45,16 @@ class Flaky(ArrayScene):
 def recipe(tmp_path: Path, scene: ArrayScene, core: int = 16) -> Recipe:
     model = load_card(str(save_local_unet(tmp_path / "unet", "yx")))
     plan = make_plan(scene.grid, scene.grid.shape, model.card.sight(), model.card.cost(), 2**40, core=(core, core))
-    key = uuid4().hex
-    scratch = Scratch.create(tmp_path / key, scene.grid, plan.core, 255, None)
-    return Recipe(key, plan, model, scene, fit_scaling(model.card.scaling, scene), scratch)
+    scratch = Scratch.create(tmp_path / uuid4().hex, scene.grid, plan.core, 255, None)
+    return Recipe(plan, model, scene, fit_scaling(model.card.scaling, scene), scratch)
 
 
 def scene(kind: type[ArrayScene] = ArrayScene) -> ArrayScene:
     return kind(RNG.standard_normal((1, 70, 50)).astype(np.float32), "yx")
+
+
+def executing(dask_worker: object) -> int:
+    return dask_worker.state.executing_count  # type: ignore[attr-defined, no-any-return]
 
 
 def test_every_tile_is_labelled_once_and_stored(tmp_path: Path, workers: Workers) -> None:
@@ -76,7 +79,7 @@ def test_few_tiles_are_under_way_at_once(tmp_path: Path, workers: Workers) -> No
     assert len(made.plan) == 875
     assert len(taken) < 700  # the first batches hold one tile, then what half a second is worth
     tiles.close()
-    assert not any(workers.client.processing().values())
+    assert not any(workers.client.run(executing).values())
 
 
 def test_tiles_that_fail_for_a_while_are_tried_again(tmp_path: Path, workers: Workers) -> None:
@@ -92,7 +95,9 @@ def test_tiles_that_keep_failing_are_named(tmp_path: Path, workers: Workers) -> 
     flaky = scene(Flaky)
     made = recipe(tmp_path, flaky)
     Flaky.left, Flaky.error = 10**6, OSError("the share was away")
-    with pytest.raises(ModelError, match=r"tile \([12], \d\) failed 3 times, at last with OSError: the share was away") as e:
+    with pytest.raises(
+        ModelError, match=r"tile \([12], \d\) failed 3 times, at last with OSError: the share was away"
+    ) as e:
         list(label_tiles(made, made.plan.indices(), workers))
     assert e.value.retryable
 
@@ -104,7 +109,7 @@ def test_errors_that_retrying_cannot_mend_end_the_scene_at_once(tmp_path: Path, 
     with pytest.raises(SceneError, match="truncated"):
         list(label_tiles(made, made.plan.indices(), workers))
     assert 10**6 - Flaky.left <= workers.threads + 1
-    assert not any(workers.client.processing().values())
+    assert not any(workers.client.run(executing).values())
 
 
 def test_nothing_listens_beyond_this_machine(workers: Workers) -> None:
@@ -148,7 +153,7 @@ def test_a_cluster_survives_the_death_of_a_worker(
     address, processes = cluster
     here = recipe(tmp_path, scene())
     list(label_tiles(here, here.plan.indices(), workers))
-    there = Recipe("there", here.plan, here.model, here.source, here.scaling,
+    there = Recipe(here.plan, here.model, here.source, here.scaling,
                    Scratch.create(tmp_path / "there", here.source.grid, here.plan.core, 255, None))  # fmt: skip
     with Workers(address) as remote:
         remote.client.wait_for_workers(2, timeout=60)

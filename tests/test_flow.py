@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import textwrap
+import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -76,7 +80,7 @@ def test_a_flow_labels_scenes_and_says_what_it_did(
         state = segment(scenes, model, f"{folder}/out", return_state=True)
         again = segment(scenes[:1], model, f"{folder}/out", return_state=True)
         with get_client(sync_client=True) as client:
-            tables = client.read_artifacts(sort=ArtifactSort.CREATED_DESC) if hasattr(client, "read_artifacts") else []
+            tables = client.read_artifacts(sort=ArtifactSort.CREATED_DESC)
             runs = client.read_task_runs()
         print(json.dumps({
             "state": [state.type.value, state.message], "again": [again.type.value, again.message],
@@ -92,11 +96,10 @@ def test_a_flow_labels_scenes_and_says_what_it_did(
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"a", "c", "run.json"}
     # A scene that cannot succeed is not tried again: every task ran once.
     assert [tuple(task) for task in told["tasks"]] == [
-        ("a.tif", "Completed", 1), ("a.tif", "Completed", 1), ("b.tif", "Failed", 1), ("c.tif", "Completed", 1)
+        ("a", "Completed", 1), ("a", "Completed", 1), ("b", "Failed", 1), ("c", "Completed", 1)
     ]  # fmt: skip
-    if told["tables"]:
-        rows = {row["scene"]: row["state"] for row in told["tables"][-1]}
-        assert rows == {"a": "done", "b": "failed", "c": "done"}
+    rows = [{row["scene"]: row["state"] for row in table} for table in told["tables"]]
+    assert rows == [{"a": "up to date"}, {"a": "done", "b": "failed", "c": "done"}]
 
 
 def test_a_task_is_tried_again_only_where_that_may_help(
@@ -114,7 +117,7 @@ def test_a_task_is_tried_again_only_where_that_may_help(
             raise SceneError("no", retryable=job.uri == "away")
         module.segment_scene = fail
         task = module.label_scene.with_options(retry_delay_seconds=0)
-        job = {"model": "m", "out": "o", "settings": {"bands": None}}
+        job = {"name": "n", "model": "m", "out": "o", "settings": {"bands": None}}
         @flow
         def both():
             for uri in ("away", "broken"):
@@ -127,39 +130,58 @@ def test_a_task_is_tried_again_only_where_that_may_help(
     assert told["calls"] == ["away", "away", "away", "broken"]
 
 
-def test_a_schedule_really_makes_a_run(tmp_path: Path, model: Path, run_script: Callable[..., dict[str, Any]]) -> None:
+def test_a_schedule_really_makes_a_run(tmp_path: Path, model: Path, prefect_home: Path) -> None:
     """With some versions of SQLAlchemy flows run, but schedules never fire: only a scheduled run proves they do."""
     write(tmp_path / "a.tif", 1)
-    told = run_script(
-        """
-        import json, sys, threading, time
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")} | {
+        "PREFECT_HOME": str(prefect_home),
+        "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "2",
+        "PREFECT_RUNNER_POLL_FREQUENCY": "2",
+    }
+    serve = f"""
         from datetime import timedelta
-        from pathlib import Path
         from flows.segment import segment
-        from prefect.server.api.server import SubprocessASGIServer
-        from prefect.settings import PREFECT_API_URL, temporary_settings
-        folder, model = sys.argv[1:]
-        server = SubprocessASGIServer()
-        server.start(timeout=180)
-        with temporary_settings({PREFECT_API_URL: server.api_url}):
-            parameters = {"scenes": [f"{folder}/a.tif"], "model": model, "out": f"{folder}/out"}
-            def serve():
-                segment.serve(name="nightly", interval=timedelta(seconds=10), parameters=parameters,
-                              pause_on_shutdown=False, print_starting_message=False)
-            import signal
-            signal.signal = lambda *_: None  # serve() wants the main thread for its signals only
-            threading.Thread(target=serve, daemon=True).start()
-            until = time.monotonic() + 150
-            while not Path(folder, "out", "a", "a.json").exists() and time.monotonic() < until:
-                time.sleep(0.5)
-        server.stop()
-        print(json.dumps({"made": Path(folder, "out", "a", "a.json").exists()}), flush=True)
-        import os
-        os._exit(0)
-        """,
-        tmp_path, model, PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS="2", PREFECT_RUNNER_POLL_FREQUENCY="2",
-    )  # fmt: skip
-    assert told["made"]
+        segment.serve(name="nightly", interval=timedelta(seconds=10), print_starting_message=False, parameters={{
+            "scenes": [{str(tmp_path / "a.tif")!r}], "model": {str(model)!r}, "out": {str(tmp_path / "out")!r}}})
+    """
+    commands = [
+        ["-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
+        ["-c", textwrap.dedent(serve)],
+    ]
+    product, processes = tmp_path / "out" / "a" / "a.json", []
+    with (tmp_path / "log.txt").open("w") as log:
+        try:
+            for command, ready in zip(commands, (lambda: answers(port), product.exists), strict=True):
+                process = subprocess.Popen([sys.executable, *command], env=environment, stdout=log, stderr=log)
+                processes.append(process)
+                until = time.monotonic() + 180
+                while not ready():
+                    assert time.monotonic() < until, (tmp_path / "log.txt").read_text()[-4000:]
+                    assert process.poll() is None, (tmp_path / "log.txt").read_text()[-4000:]
+                    time.sleep(0.5)
+        finally:
+            for process in reversed(processes):
+                process.send_signal(signal.SIGINT)
+                try:
+                    process.wait(20)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["exit_code"] == 0
+
+
+def answers(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/health", timeout=5):
+            return True
+    except OSError:
+        return False
 
 
 def test_the_command_runs_the_flow_and_the_engine_alike(
@@ -172,6 +194,11 @@ def test_the_command_runs_the_flow_and_the_engine_alike(
     assert (flow.returncode, engine.returncode) == (0, 0), flow.stderr + engine.stderr
     for name in ("a_mask.tif", "a_scores.tif", "a_quicklook.png"):
         assert (tmp_path / "flow" / "a" / name).read_bytes() == (tmp_path / "engine" / "a" / name).read_bytes()
+    broken = run_segflow("run", scene, "-m", model, "-o", tmp_path / "flow", "--prefect", "--cluster",
+                         "tcp://127.0.0.1:9", env={"PREFECT_HOME": str(prefect_home)})  # fmt: skip
+    assert broken.returncode == 2, "what an older run.json says is not what this run did"
+    assert "no dask scheduler answers" in broken.stderr
+    assert "Traceback" not in broken.stderr
     bad = run_segflow("run", write(tmp_path / "b.tif", 1, count=2), "-m", model, "-o", tmp_path / "flow", "--prefect",
                       env={"PREFECT_HOME": str(prefect_home)})  # fmt: skip
     assert bad.returncode == 1

@@ -78,7 +78,10 @@ def test_imports_go_down_only(name: str, path: Path) -> None:
         package = imported.split(".")[0]
         if package in ("segcore", "flows"):
             assert floor_of(imported) <= floor_of(name), f"{name} must not import {imported}"
-            pair = {name.split(".")[1:2][0] if "." in name else "", imported.split(".")[1:2][0] if "." in imported else ""}
+            pair = {
+                name.split(".")[1:2][0] if "." in name else "",
+                imported.split(".")[1:2][0] if "." in imported else "",
+            }
             assert pair != {"io", "model"}, f"{name} must not import {imported}"
         elif package in HOMES:
             assert name in HOMES[package], f"{package} has its home in {HOMES[package]}, not in {name}"

@@ -54,7 +54,7 @@ def test_reads_hold_what_windows_show(plan: Plan) -> None:
         tile = plan.tile(index)
         assert tile.read in plan.grid.box
         assert tile.target in tile.hull
-        assert tile.target in Box.of(plan.lattice)
+        assert tile.target in Box.of(plan.canvas)
         for window in tile.windows:
             assert window in tile.hull
             assert (window & tile.target).size > 0
@@ -62,7 +62,7 @@ def test_reads_hold_what_windows_show(plan: Plan) -> None:
 
 @given(plans("exact"))
 def test_exact_windows_are_aligned_and_end_at_the_border(plan: Plan) -> None:
-    whole = Box.of(plan.lattice).snap(plan.sight.stride)
+    whole = Box.of(plan.canvas).snap(plan.sight.stride)
     for index in list(plan.indices())[:40]:
         tile = plan.tile(index)
         (window,) = tile.windows
@@ -79,11 +79,11 @@ def test_exact_windows_are_aligned_and_end_at_the_border(plan: Plan) -> None:
 
 @given(plans("blend"))
 def test_windows_lie_on_one_lattice_that_covers_the_scene(plan: Plan) -> None:
-    hits = np.zeros(plan.lattice, int)
-    lattice = [set() for _ in plan.lattice]
+    hits = np.zeros(plan.canvas, int)
+    lattice = [set() for _ in plan.canvas]
     for index in plan.indices():
         for window in plan.tile(index).windows:
-            hits[(window & Box.of(plan.lattice)).slices()] += 1
+            hits[(window & Box.of(plan.canvas)).slices()] += 1
             for axis, start in enumerate(window.start):
                 assert start % plan.sight.stride[axis] == 0
                 lattice[axis].add(start)
@@ -95,7 +95,7 @@ def test_windows_lie_on_one_lattice_that_covers_the_scene(plan: Plan) -> None:
 @given(plans())
 def test_work_counts_every_window(plan: Plan) -> None:
     computed = sum(window.size for index in plan.indices() for window in plan.tile(index).windows)
-    assert plan.work == pytest.approx(computed / np.prod(plan.lattice))
+    assert plan.work == pytest.approx(computed / np.prod(plan.canvas))
 
 
 def test_a_plan_of_a_million_tiles_is_small() -> None:
@@ -145,7 +145,9 @@ def test_a_scene_smaller_than_a_cell_is_refused() -> None:
         make_plan(Grid("yx", (1, 1)), (1, 1), Sight((32, 32), None, (256, 256)), COST, LOTS)
 
 
-@pytest.mark.parametrize(("text", "count"), [("4GiB", 2**32), ("1.5g", 3 * 2**29), ("500MB", 5 * 10**8), ("64 k", 2**16)])
+@pytest.mark.parametrize(
+    ("text", "count"), [("4GiB", 2**32), ("1.5g", 3 * 2**29), ("500MB", 5 * 10**8), ("64 k", 2**16)]
+)
 def test_amounts_of_memory(text: str, count: int) -> None:
     assert parse_bytes(text) == count
 

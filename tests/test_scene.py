@@ -46,12 +46,12 @@ def raster(tmp_path: Path) -> Path:
         file.write(values)
         for i, name in enumerate(("nir", "blue", "red"), start=1):
             file.set_band_description(i, name)
-        file.update_tags(TIFFTAG_DATETIME="2021:02:03 04:05:06")
+        file.update_tags(ns="IMAGERY", ACQUISITIONDATETIME="2021-02-03 04:05:06")
     return path
 
 
 def job(scene: Path, model: str, out: Path, **settings: Any) -> Job:
-    return Job(str(scene), model, str(out), Settings(**settings))
+    return Job("scene_1", str(scene), model, str(out), Settings(**settings))
 
 
 def files(folder: Path) -> dict[str, str]:
@@ -175,7 +175,9 @@ def test_volumes_of_every_spacing_keep_their_grid(tmp_path: Path, workers: Worke
     nib.save(nib.Nifti1Image(values, affine), tmp_path / "scene.nii.gz")
     masks = []
     for tile in (8, 19, None):
-        outcome = segment_scene(job(tmp_path / "scene.nii.gz", str(folder), tmp_path / f"out{tile}", tile=tile), workers)
+        outcome = segment_scene(
+            job(tmp_path / "scene.nii.gz", str(folder), tmp_path / f"out{tile}", tile=tile), workers
+        )
         masks.append(Path(outcome.product).with_name("scene_mask.nii.gz").read_bytes())
     assert masks[0] == masks[1] == masks[2]
     mask = nib.load(Path(outcome.product).with_name("scene_mask.nii.gz"))
@@ -183,7 +185,7 @@ def test_volumes_of_every_spacing_keep_their_grid(tmp_path: Path, workers: Worke
     assert np.array_equal(mask.affine, nib.load(tmp_path / "scene.nii.gz").affine)
     manifest = json.loads(Path(outcome.product).read_text())
     assert manifest["geometry"] is None
-    assert manifest["properties"]["segflow:plan"]["lattice"] == [25, 24, 25]
+    assert manifest["properties"]["segflow:plan"]["canvas"] == [25, 24, 25]
     total = sum(share["volume_ml"] for share in manifest["properties"]["segflow:classes"])
     assert total == pytest.approx(values.size * 0.9 * 2.1 * 1.2 / 1000, rel=1e-3)
 

@@ -43,8 +43,7 @@ def test_chunks_that_are_cut_short_are_made_again(tmp_path: Path) -> None:
     chunk.write_bytes(chunk.read_bytes()[:-3])
     assert scratch.done() == {(1, 0)}
     assert not chunk.exists()
-    scores = next((tmp_path / "s" / "scores" / "c").rglob("1/0"))
-    scores.write_bytes(b"")
+    (tmp_path / "s" / "scores" / "c" / "1" / "1" / "0").write_bytes(b"")
     assert scratch.done() == set()
 
 
@@ -67,11 +66,15 @@ def test_labels_and_scores_come_back(tmp_path: Path) -> None:
             scratch.write((i, j), core, labels[core.slices()], scores[(slice(None), *core.slices())])
     box = Box((3, 5), (24, 16))
     assert np.array_equal(scratch.read(box), labels[box.slices()])
-    assert np.array_equal(scratch.read_scores(box), scores[(slice(None), *box.slices())])
+    assert np.array_equal(scratch.read_scores(box, 1), scores[(1, *box.slices())])
     picks = [np.array([0, 7, 24]), np.array([2, 16])]
     assert np.array_equal(scratch.pick(picks), labels[np.ix_(*picks)])
-    scratch.discard()
-    assert not (tmp_path / "s").exists()
+
+
+def test_a_store_whose_metadata_was_cut_short_is_made_anew(tmp_path: Path) -> None:
+    create(tmp_path / "s").write((0, 0), Box((0, 0), (10, 8)), np.ones((10, 8), np.uint8))
+    (tmp_path / "s" / "labels" / "zarr.json").write_text("{")
+    assert create(tmp_path / "s").done() == set()
 
 
 def test_a_store_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
@@ -79,4 +82,4 @@ def test_a_store_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ProductError, match="cannot write"):
         create(tmp_path / "file" / "s")
     with pytest.raises(ProductError, match="no scores"):
-        create(tmp_path / "s").read_scores(GRID.box)
+        create(tmp_path / "s").read_scores(GRID.box, 0)

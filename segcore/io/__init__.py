@@ -22,12 +22,11 @@ _IN_FOLDERS = (".tif", ".tiff", ".jp2", ".vrt", *_VOLUMES)
 
 def open_scene(uri: str, wanted: Wanted, settings: Settings) -> Source:
     """The scene behind a URI, as the model wants to see it; headers only are read. Raises SceneError."""
-    path = uri.partition("#")[0].lower()
-    if not is_remote(uri) and not local_path(uri.partition("#")[0]).exists():
+    if not is_remote(uri) and not local_path(_document(uri) or uri).exists():
         raise SceneError(f"{uri}: there is no such file; check the path")
-    if path.endswith(_ITEMS):
+    if _document(uri):
         return item_scene(uri, wanted)
-    if path.endswith(_VOLUMES):
+    if uri.lower().endswith(_VOLUMES):
         return Nifti(uri, scene_name(uri), wanted)
     if wanted.axes != "yx":
         raise SceneError(f"{uri} is no volume (.nii, .nii.gz), and the model is made for volumes ({wanted.axes})")
@@ -36,7 +35,13 @@ def open_scene(uri: str, wanted: Wanted, settings: Settings) -> Source:
 
 def product_name(uri: str) -> str:
     """What the product of a scene is called; no header is read. Raises SceneError for a broken STAC document."""
-    return item_name(uri) if uri.partition("#")[0].lower().endswith(_ITEMS) else scene_name(uri)
+    return item_name(uri) if _document(uri) else scene_name(uri)
+
+
+def _document(uri: str) -> str | None:
+    """The path of the STAC document that a URI leads to (`items.json#id` leads into one), None for other files."""
+    path = uri.partition("#")[0]
+    return next((p for p in (uri, path) if p.lower().endswith(_ITEMS)), None)
 
 
 def find_scenes(arguments: Sequence[str]) -> list[str]:
@@ -52,7 +57,7 @@ def _expand(argument: str) -> Iterator[str]:
     if is_remote(argument):
         yield argument
         return
-    path = local_path(argument.partition("#")[0])
+    path = local_path(_document(argument) or argument)
     if path.is_dir():
         found = sorted(str(file) for file in path.iterdir() if file.name.lower().endswith(_IN_FOLDERS))
         if not found:
@@ -61,7 +66,7 @@ def _expand(argument: str) -> Iterator[str]:
     elif path.suffix.lower() == ".txt" and path.is_file():
         yield from _listed(path)
     elif path.suffix.lower() in _ITEMS and path.is_file():
-        ids = None if "#" in argument else item_ids(argument)
+        ids = item_ids(argument) if _document(argument) == argument else None
         yield from [absolute(argument)] if ids is None else [f"{absolute(argument)}#{item_id}" for item_id in ids]
     elif path.exists():
         yield absolute(argument)

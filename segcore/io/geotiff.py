@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime as datetime_type
+from functools import partial
 from itertools import groupby
 from math import hypot
 from pathlib import Path
@@ -20,6 +22,8 @@ import numpy as np
 import rasterio
 import rasterio.shutil
 import rasterio.warp
+from numpy.typing import NDArray
+from rasterio._err import CPLE_BaseError
 from rasterio.control import GroundControlPoint
 from rasterio.crs import CRS
 from rasterio.enums import ColorInterp, MaskFlags, Resampling
@@ -38,6 +42,9 @@ from segcore.resample import interpolate
 #: GDAL's own block cache takes a share of all memory unless it is bounded (bytes).
 GDAL_CACHE = 128 * 2**20
 _BLOCK = 512
+_GDAL_ERRORS = (RasterioError, CPLE_BaseError)
+#: The transform of a raster that has none.
+_NOWHERE = tuple(Affine.identity())[:6]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,89 +75,97 @@ class GeoFrame:
     def write_labels(self, path: Path, labels: LabelReader, legend: Legend) -> list[Path]:
         """A COG with palette, `mode` overviews and nodata; class names in its tags and in GDAL's sidecar file."""
         colours = {i: (*rgb, 255) for i, _, rgb in legend.classes} | {legend.nodata: (0, 0, 0, 0)}
-        plain = path.with_name(f"{path.stem}.plain.tif")
-        with _environment():
-            with self._create(plain, count=1, dtype="uint8", nodata=legend.nodata) as to:
-                for box in _file_order(self.shape):
-                    to.write(labels.read(box), 1, window=_window(box))
-                to.write_colormap(1, colours)
-                to.set_band_description(1, "class")
-                to.update_tags(1, **{f"CLASS_{i}": name for i, name, _ in legend.classes})
-            self._optimise(plain, path, overviews="mode", predictor="NO")
-        sidecar = path.with_name(f"{path.name}.aux.xml")
-        sidecar.write_bytes(_sidecar(legend))
+        with self._written(path, 1, "uint8", legend.nodata, overviews="mode", predictor="NO") as to:
+            for box in _file_order(self.shape):
+                to.write(labels.read(box), 1, window=_window(box))
+            to.write_colormap(1, colours)
+            to.set_band_description(1, "class")
+            to.update_tags(1, **{f"CLASS_{i}": name for i, name, _ in legend.classes})
+        sidecar = _sidecar_of(path)
+        _describe_classes(sidecar, legend)
         return [path, sidecar]
 
     def write_scores(self, path: Path, labels: LabelReader, legend: Legend) -> list[Path]:
-        plain = path.with_name(f"{path.stem}.plain.tif")
-        with _environment():
-            count = len(legend.classes)
-            with self._create(plain, count=count, dtype="float32", nodata=float("nan")) as to:
+        count = len(legend.classes)
+        with self._written(path, count, "float32", float("nan"), overviews="average", predictor="YES") as to:
+            for band, (index, name, _) in enumerate(legend.classes, start=1):
                 for box in _file_order(self.shape):
-                    to.write(labels.read_scores(box), window=_window(box))
-                for index, (_, name, _) in enumerate(legend.classes, start=1):
-                    to.set_band_description(index, name)
-            self._optimise(plain, path, overviews="average", predictor="YES")
-        return [path]
+                    to.write(labels.read_scores(box, index), band, window=_window(box))
+                to.set_band_description(band, name)
+        return [file for file in (path, _sidecar_of(path)) if file.exists()]
 
     def verify(self, path: Path, labels: LabelReader) -> None:
+        self._compare(path, [(1, labels.read)])
+
+    def verify_scores(self, path: Path, labels: LabelReader, legend: Legend) -> None:
+        bands = enumerate((index for index, _, _ in legend.classes), start=1)
+        self._compare(path, [(band, partial(labels.read_scores, index=index)) for band, index in bands])
+
+    def _compare(self, path: Path, bands: Sequence[tuple[int, Callable[[Box], NDArray[Any]]]]) -> None:
         try:
             with _environment(), rasterio.open(path) as written:
                 found = _frame_of(written)
                 if found != self:
                     raise ProductError(f"{path} does not lie on its scene: {found} should be {self}; report this bug")
-                for box in _file_order(self.shape):
-                    if not np.array_equal(written.read(1, window=_window(box)), labels.read(box)):
-                        raise ProductError(f"{path} differs from its labels in {box}: is the disk full? Run again")
-        except RasterioError as error:
+                for band, read in bands:
+                    for box in _file_order(self.shape):
+                        if not np.array_equal(written.read(band, window=_window(box)), read(box), equal_nan=True):
+                            raise ProductError(f"{path} differs from what was written to it in {box}; run again")
+        except _GDAL_ERRORS as error:
             raise ProductError(f"{path} does not read back ({one_line(error)}): is the disk full? Run again") from error
 
     def footprint(self) -> dict[str, Any] | None:
-        if self.crs is None or self.transform == tuple(Affine.identity())[:6]:
+        if self.crs is None or self.transform == _NOWHERE:
             return None
         affine, (rows, cols) = Affine(*self.transform), self.shape
         corners = [affine * corner for corner in ((0, 0), (0, rows), (cols, rows), (cols, 0), (0, 0))]
         outline = {"type": "Polygon", "coordinates": [corners]}
-        with contextlib.suppress(RasterioError), _environment():
+        with contextlib.suppress(*_GDAL_ERRORS), _environment():  # not every CRS is of the Earth
             return dict(rasterio.warp.transform_geom(self.crs, "EPSG:4326", outline, precision=7))
         return None
 
     def properties(self) -> dict[str, Any]:
         if self.crs is None:
             return {}
-        epsg = self.crs.to_epsg()
-        code = {"proj:code": f"EPSG:{epsg}"} if epsg else {"proj:code": None, "proj:wkt2": self.crs.to_wkt()}
-        return code | {"proj:shape": list(self.shape), "proj:transform": list(self.transform)}
+        authority = self.crs.to_authority()
+        found: dict[str, Any] = {"proj:code": ":".join(authority) if authority else None}
+        if authority is None:
+            found["proj:wkt2"] = self.crs.to_wkt(version="WKT2_2019")
+        if self.transform != _NOWHERE:
+            found["proj:transform"] = list(self.transform)
+        return found | {"proj:shape": list(self.shape)}
 
     @contextlib.contextmanager
-    def _create(self, path: Path, *, count: int, dtype: str, nodata: float) -> Iterator[Any]:
-        """A plain tiled file that is filled in file order, and then copied into a COG."""
+    def _written(
+        self, path: Path, count: int, dtype: str, nodata: float, *, overviews: str, predictor: str
+    ) -> Iterator[Any]:
+        """A plain tiled file to be filled, which is then copied into a COG at `path`. Raises ProductError."""
         rows, cols = self.shape
+        plain = path.with_name(f"{path.stem}.plain.tif")
+        for leftover in (plain, path, _sidecar_of(plain), _sidecar_of(path)):
+            leftover.unlink(missing_ok=True)  # GDAL would look into what an interrupted run left
         profile = {"driver": "GTiff", "height": rows, "width": cols, "count": count, "dtype": dtype, "nodata": nodata}
         layout = {"tiled": True, "blockxsize": _BLOCK, "blockysize": _BLOCK, "compress": "zstd", "zstd_level": 1}
-        georeference: dict[str, Any] = {"crs": self.crs, "transform": Affine(*self.transform)}
+        georeference: dict[str, Any] = {"crs": self.crs}
         if self.gcps:
-            georeference = {"crs": self.crs, "gcps": [GroundControlPoint(*point) for point in self.gcps]}
-        elif self.transform == tuple(Affine.identity())[:6]:
-            georeference = {"crs": self.crs}
+            georeference["gcps"] = [GroundControlPoint(*point) for point in self.gcps]
+        elif self.transform != _NOWHERE:
+            georeference["transform"] = Affine(*self.transform)
+        cog = {"compress": "DEFLATE", "level": 6, "blocksize": _BLOCK, "bigtiff": "IF_SAFER", "num_threads": 2}
+        cog |= {"overview_resampling": overviews, "predictor": predictor}
         try:
-            with rasterio.open(path, "w", **profile, **layout, **georeference, BIGTIFF="IF_SAFER") as to:
-                if self.area_or_point:
-                    to.update_tags(AREA_OR_POINT=self.area_or_point)
-                yield to
-        except RasterioError as error:
-            raise ProductError(f"cannot write {path}: {one_line(error)}", retryable=True) from error
-
-    def _optimise(self, plain: Path, path: Path, *, overviews: str, predictor: str) -> None:
-        options = {"compress": "DEFLATE", "level": 6, "blocksize": _BLOCK, "bigtiff": "IF_SAFER"}
-        try:
-            rasterio.shutil.copy(
-                plain, path, driver="COG", overview_resampling=overviews, predictor=predictor, num_threads=2, **options
-            )
-        except RasterioError as error:
-            raise ProductError(f"cannot write {path}: {one_line(error)}", retryable=True) from error
-        for leftover in plain.parent.glob(f"{plain.name}*"):
-            leftover.unlink()
+            with _environment():
+                with rasterio.open(plain, "w", **profile, **layout, **georeference, BIGTIFF="IF_SAFER") as to:
+                    if self.area_or_point:
+                        to.update_tags(AREA_OR_POINT=self.area_or_point)
+                    yield to
+                rasterio.shutil.copy(plain, path, driver="COG", **cog)
+        except _GDAL_ERRORS as error:
+            raise ProductError(
+                f"cannot write {path}: {one_line(error)}; free some space, run again", retryable=True
+            ) from error
+        for leftover in (plain, _sidecar_of(plain)):
+            leftover.unlink(missing_ok=True)
 
 
 class Raster:
@@ -185,7 +200,7 @@ class Raster:
             t = finest.transform
             self.spacing: tuple[float, ...] | None = (hypot(t.b, t.e) * unit, hypot(t.a, t.d) * unit) if unit else None
             self.cell: tuple[float, str] | None = (abs(t.determinant) * unit**2, "m2") if unit else None
-            self.datetime = datetime or _tiff_datetime(finest)
+            self.datetime = datetime or _acquisition_time(finest)
         if self.frame.crs is None:
             self.warnings += ("the scene has no coordinate reference system; its mask has none either",)
 
@@ -202,7 +217,7 @@ class Raster:
 
     def identity(self) -> Mapping[str, Any]:
         files = {uri: file_identity(uri) for uri in sorted({band.uri for band in self._bands})}
-        bands = [[band.uri, band.index, band.scale, band.offset, band.nodata] for band in self._bands]
+        bands = [[band.uri, band.index, band.scale, band.offset, str(band.nodata)] for band in self._bands]
         return {"files": files, "bands": bands, **({"item": self._described_by} if self._described_by else {})}
 
     def stage(self, folder: Path) -> Raster:
@@ -287,7 +302,7 @@ def open_raster(uri: str) -> DatasetReader:
         ) from error
     if file.count == 0:
         raise SceneError(f"{uri} holds {len(file.subdatasets)} subdatasets and no band of its own; name one of them")
-    if any(np.dtype(kind).kind == "c" for kind in file.dtypes):
+    if any(kind.startswith("complex") for kind in file.dtypes):
         raise SceneError(f"{uri} is complex-valued ({file.dtypes[0]}); give its amplitude or intensity instead")
     return file
 
@@ -321,10 +336,10 @@ def raster_file(
     missing = [channel for channel in wanted.channels if channel.lower() not in names]
     if not missing:
         indexes = [names[channel.lower()] for channel in wanted.channels]
-    elif not names.keys() & {channel.lower() for channel in wanted.channels} and len(data) == len(wanted.channels):
+    elif not names and len(data) == len(wanted.channels):
         indexes = data
         if len(data) > 1:
-            warnings.append(f"the bands have no known names; taken in order as {', '.join(wanted.channels)}")
+            warnings.append(f"the bands have no names; taken in order as {', '.join(wanted.channels)}")
     else:
         has = f"{len(data)} bands ({', '.join(names) if names else 'without names'})"
         raise SceneError(
@@ -386,8 +401,11 @@ def _placement(file: DatasetReader, finest: DatasetReader) -> _Placement:
     to_scene = ~finest.transform * file.transform
     factors = (round(to_scene.e), round(to_scene.a))
     origin = (round(to_scene.f), round(to_scene.c))
-    exact = (to_scene.e, to_scene.a, to_scene.f, to_scene.c, to_scene.b, to_scene.d)
-    if min(factors) < 1 or any(abs(a - b) > 1e-3 for a, b in zip(exact, (*factors, *origin, 0, 0), strict=True)):
+    # Both ends must lie where whole factors say, within a tenth of a pixel of the scene.
+    far = to_scene * (file.width, file.height)
+    found = (to_scene.f, to_scene.c, far[1], far[0], to_scene.b * file.height, to_scene.d * file.width)
+    whole = (*origin, origin[0] + factors[0] * file.height, origin[1] + factors[1] * file.width, 0, 0)
+    if min(factors) < 1 or any(abs(a - b) > 0.1 for a, b in zip(found, whole, strict=True)):
         raise SceneError(
             f"{file.name} does not lie on the grid of {finest.name}: one of its pixels is {to_scene.a:.3f} x "
             f"{to_scene.e:.3f} of them, at {to_scene.c:.3f}, {to_scene.f:.3f}; bring the bands onto one grid (gdalwarp)"
@@ -431,12 +449,11 @@ def _reopen(
     return raster
 
 
-def _tiff_datetime(file: DatasetReader) -> str | None:
-    """TIFF writes 2015:08:04 16:19:21; the time zone is not said, and UTC is what the field uses."""
-    stamp = file.tags().get("TIFFTAG_DATETIME", "")
-    date, _, time = stamp.partition(" ")
-    if len(date) == 10 and len(time) == 8 and date[4] == date[7] == ":":
-        return f"{date.replace(':', '-')}T{time}Z"
+def _acquisition_time(file: DatasetReader) -> str | None:
+    """When the image was taken, as GDAL finds it in the files of a satellite product, ISO 8601 in UTC."""
+    stamp = file.tags(ns="IMAGERY").get("ACQUISITIONDATETIME", "")
+    with contextlib.suppress(ValueError):
+        return datetime_type.fromisoformat(stamp.replace(" ", "T")).strftime("%Y-%m-%dT%H:%M:%SZ")
     return None
 
 
@@ -452,15 +469,21 @@ def _window(box: Box) -> Window:
 def _file_order(shape: tuple[int, int]) -> Iterator[Box]:
     """Full-width slabs that begin on a row of blocks."""
     rows, cols = shape
-    step = max(1, 2**24 // (cols * _BLOCK)) * _BLOCK
+    step = max(1, 2**23 // (cols * _BLOCK)) * _BLOCK
     for start in range(0, rows, step):
         yield Box((start, 0), (min(start + step, rows), cols))
 
 
-def _sidecar(legend: Legend) -> bytes:
-    """GDAL's own sidecar (PAM): category names and a raster attribute table, which QGIS and ArcGIS show as a legend."""
-    root = ElementTree.Element("PAMDataset")
-    band = ElementTree.SubElement(root, "PAMRasterBand", band="1")
+def _sidecar_of(path: Path) -> Path:
+    """GDAL's own sidecar file (PAM), which holds what a format cannot."""
+    return path.with_name(f"{path.name}.aux.xml")
+
+
+def _describe_classes(sidecar: Path, legend: Legend) -> None:
+    """Category names and an attribute table, which QGIS and ArcGIS show as a legend; what GDAL has put there stays."""
+    root = ElementTree.parse(sidecar).getroot() if sidecar.exists() else ElementTree.Element("PAMDataset")
+    band = root.find("PAMRasterBand")
+    band = ElementTree.SubElement(root, "PAMRasterBand", band="1") if band is None else band
     names = ElementTree.SubElement(band, "CategoryNames")
     by_index = {index: name for index, name, _ in legend.classes}
     for index in range(max(by_index) + 1):
@@ -477,7 +500,7 @@ def _sidecar(legend: Legend) -> bytes:
         for cell in (index, name, *rgb):
             ElementTree.SubElement(row, "F").text = str(cell)
     ElementTree.indent(root)
-    return ElementTree.tostring(root, encoding="utf-8") + b"\n"
+    sidecar.write_bytes(ElementTree.tostring(root, encoding="utf-8") + b"\n")
 
 
 def _conforms(raster: Raster) -> Source:

@@ -28,12 +28,17 @@ class ArrayFrame:
         return [path]
 
     def write_scores(self, path: Path, labels: LabelReader, legend: Legend) -> list[Path]:
-        np.save(path, labels.read_scores(Box.of(self.shape)))
+        np.save(path, np.stack([labels.read_scores(Box.of(self.shape), index) for index, _, _ in legend.classes]))
         return [path]
 
     def verify(self, path: Path, labels: LabelReader) -> None:
         if not np.array_equal(np.load(path), labels.read(Box.of(self.shape))):
             raise ProductError(f"{path} does not hold the labels that were written to it; run again")
+
+    def verify_scores(self, path: Path, labels: LabelReader, legend: Legend) -> None:
+        scores = [labels.read_scores(Box.of(self.shape), index) for index, _, _ in legend.classes]
+        if not np.array_equal(np.load(path), np.stack(scores), equal_nan=True):
+            raise ProductError(f"{path} does not hold the scores that were written to it; run again")
 
     def footprint(self) -> dict[str, Any] | None:
         return None
@@ -89,9 +94,9 @@ class ArrayLabels:
     def read(self, box: Box) -> Labels:
         return self.labels[box.slices()]
 
-    def read_scores(self, box: Box) -> Floats:
+    def read_scores(self, box: Box, index: int) -> Floats:
         assert self.scores is not None
-        return self.scores[(slice(None), *box.slices())]
+        return self.scores[index][box.slices()]
 
 
 def _conforms(scene: ArrayScene, frame: ArrayFrame, labels: ArrayLabels) -> tuple[Source, Frame, LabelReader]:

@@ -6,7 +6,6 @@ lies voxel on voxel on its input, whatever way that was stored.
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import hashlib
 import io
@@ -32,7 +31,8 @@ from segcore.grid import Grid
 from segcore.io.files import file_identity, is_remote, local_path
 from segcore.io.source import Floats, LabelReader, Legend, Source, Wanted, sample_positions
 
-_MM = {"mm": 1.0, "meter": 1000.0, "micron": 0.001, "unknown": 1.0}
+#: Millimetres of a unit of space, by its code; unknown ones are taken for millimetres, as everyone does.
+_MM = {1: 1000.0, 2: 1.0, 3: 0.001}
 _NIFTI_LABEL_INTENT = 1002
 
 
@@ -86,6 +86,7 @@ class NiftiFrame:
 
     header: bytes
     version: int
+    affine: tuple[tuple[float, ...], ...]
     turn: Turn
     shape: tuple[int, ...]
     """Spatial shape as stored (i, j, k)."""
@@ -106,22 +107,36 @@ class NiftiFrame:
         count = len(legend.classes)
         header = self._header(np.float32, (*self.shape, count))
         header["descrip"] = b"segflow scores"
-        blocks = (self.turn.file(labels.read_scores(box)[k]) for k in range(count) for box in self._file_order())
-        self._write(path, header, blocks)
+        self._write(path, header, self._score_blocks(labels, legend))
         return [path]
 
     def verify(self, path: Path, labels: LabelReader) -> None:
+        self._compare(path, (self.turn.file(labels.read(box)) for box in self._file_order()))
+
+    def verify_scores(self, path: Path, labels: LabelReader, legend: Legend) -> None:
+        self._compare(path, self._score_blocks(labels, legend))
+
+    def _score_blocks(self, labels: LabelReader, legend: Legend) -> Iterator[NDArray[Any]]:
+        for index, _, _ in legend.classes:
+            for box in self._file_order():
+                yield self.turn.file(labels.read_scores(box, index))
+
+    def _compare(self, path: Path, blocks: Iterator[NDArray[Any]]) -> None:
+        """Raises ProductError unless the file has the input's geometry and these voxels."""
         try:
             with gzip.open(path, "rb") as file:
-                written = self._kind().from_fileobj(file)
-                mine, theirs = geometry(self._kind().from_fileobj(io.BytesIO(self.header))), geometry(written)
-                if mine != theirs:
-                    raise ProductError(f"{path} does not lie on its scene: {theirs} should be {mine}; report this bug")
+                written = self._kind().from_fileobj(file, check=False)
+                mine, theirs = geometry(self._original()), geometry(written)
+                differing = [field for field in mine if mine[field] != theirs[field]]
+                if differing:
+                    raise ProductError(
+                        f"{path} does not lie on its scene: {', '.join(differing)} differ; report this bug"
+                    )
                 file.seek(int(written["vox_offset"]))
-                for box in self._file_order():
-                    expected = self.turn.file(labels.read(box)).tobytes(order="F")
+                for block in blocks:
+                    expected = block.astype(written.get_data_dtype(), copy=False).tobytes(order="F")
                     if file.read(len(expected)) != expected:
-                        raise ProductError(f"{path} differs from its labels: is the disk full? Run again")
+                        raise ProductError(f"{path} differs from what was written to it; run again", retryable=True)
         except (OSError, EOFError, zlib.error, HeaderDataError) as error:
             raise ProductError(f"{path} does not read back ({one_line(error)}): is the disk full? Run again") from error
 
@@ -129,16 +144,19 @@ class NiftiFrame:
         return None
 
     def properties(self) -> dict[str, Any]:
-        header = self._kind().from_fileobj(io.BytesIO(self.header))
-        return {"segflow:affine": [[float(v) for v in row] for row in header.get_best_affine()]}
+        return {"segflow:affine": [list(row) for row in self.affine]}
 
     def _kind(self) -> type[nib.Nifti1Header]:
         kind: type[nib.Nifti1Header] = nib.Nifti2Header if self.version == 2 else nib.Nifti1Header
         return kind
 
+    def _original(self) -> nib.Nifti1Header:
+        """The input's header as it was stored: nibabel repairs what it finds odd unless it is told not to."""
+        return self._kind().from_fileobj(io.BytesIO(self.header), check=False)
+
     def _header(self, dtype: type[np.generic], shape: tuple[int, ...]) -> nib.Nifti1Header:
         """The input's header for other data. Only what describes the values is new; the geometry is copied."""
-        header = self._kind().from_fileobj(io.BytesIO(self.header))
+        header = self._original()
         zooms = np.array(header["pixdim"])
         header.set_data_dtype(dtype)
         header.set_data_shape(shape)
@@ -168,10 +186,11 @@ class NiftiFrame:
             raise ProductError(f"cannot write {path}: {error.strerror or error}", retryable=True) from error
 
     def _file_order(self) -> Iterator[Box]:
-        """Boxes of the array that follow each other in the file, whose first axis runs fastest."""
-        rest = self.shape[:-1]
-        for k in range(self.shape[-1]):
-            yield self.turn.to_array_box(Box((*(0,) * len(rest), k), (*rest, k + 1)), self.shape)
+        """Boxes of the array, 8 million voxels each, as they follow each other in the file."""
+        *rest, slow = self.shape
+        step = max(1, 2**23 // int(np.prod(rest)))
+        for k in range(0, slow, step):
+            yield self.turn.to_array_box(Box((*(0,) * len(rest), k), (*rest, min(k + step, slow))), self.shape)
 
 
 class Nifti:
@@ -194,14 +213,16 @@ class Nifti:
         self._volumes = _volumes(uri, shape, len(wanted.channels))
         turn = _turn(image.affine, wanted, uri)
         self.frame = NiftiFrame(
-            header=image.header.binaryblock,
+            header=_stored_header(image),
             version=2 if isinstance(image.header, nib.Nifti2Header) else 1,
+            affine=tuple(tuple(float(v) for v in row) for row in image.affine),
             turn=turn,
             shape=shape[:3],
             trailing=len(shape) - 3 if self._volumes is None else 0,
         )
         self.grid = Grid(wanted.axes, tuple(int(n) for n in turn.permute(shape[:3])))
-        unit = _MM.get(image.header.get_xyzt_units()[0], 1.0)
+        # The three lowest bits name the unit of space (NIfTI-1 standard).
+        unit = _MM.get(int(image.header["xyzt_units"]) & 7, 1.0)
         sizes = voxel_sizes(image.affine) * unit
         if not np.all(np.isfinite(sizes)) or np.any(sizes <= 0):
             raise SceneError(f"{uri} has voxels of {sizes} mm: its affine is singular; repair the header")
@@ -283,11 +304,23 @@ _GEOMETRY = (
 )
 
 
-def geometry(header: nib.Nifti1Header) -> dict[str, Any]:
-    """Every field of a header that says where a volume lies: spatial zooms, both transforms, their codes, the units."""
-    fields = {name: np.asarray(header[name]).tolist() for name in _GEOMETRY}
+def geometry(header: nib.Nifti1Header) -> dict[str, bytes]:
+    """Every field of a header that says where a volume lies, as bytes in the machine's order.
+
+    Zooms, both transforms, their codes, the units of space, and the spatial shape.
+    """
+    fields = {name: np.asarray(header[name]) for name in _GEOMETRY}
     fields["pixdim"] = fields["pixdim"][:4]
-    return fields | {"space_unit": header.get_xyzt_units()[0], "shape": header.get_data_shape()[:3]}
+    fields["dim"] = np.asarray(header["dim"])[1:4]
+    fields["space_unit"] = np.asarray(header["xyzt_units"]) & 7
+    return {name: value.astype(value.dtype.newbyteorder("=")).tobytes() for name, value in fields.items()}
+
+
+def _stored_header(image: nib.Nifti1Image) -> bytes:
+    """The bytes of the header in its file."""
+    holder = image.file_map.get("header") or image.file_map["image"]
+    with holder.get_prepare_fileobj(mode="rb") as file:
+        return bytes(file.read(image.header.sizeof_hdr))
 
 
 def _load(path: str) -> nib.Nifti1Image:
@@ -298,7 +331,7 @@ def _load(path: str) -> nib.Nifti1Image:
         raise SceneError(f"{path}: there is no such file; check the path") from error
     except (ImageFileError, OSError, EOFError, zlib.error, HeaderDataError, ValueError) as error:
         raise SceneError(f"{path} is no NIfTI volume that opens ({one_line(error)}); copy it again") from error
-    if not isinstance(image, (nib.Nifti1Image, nib.Nifti1Pair)):
+    if not isinstance(image, nib.Nifti1Pair):
         raise SceneError(f"{path} is {type(image).__name__}, not NIfTI; convert it (nib-convert)")
     kind = image.get_data_dtype()
     if kind.fields or kind.kind not in "iuf":
@@ -322,9 +355,8 @@ def _unpack(packed: gzip.GzipFile, plain: IO[bytes], uri: str) -> None:
         raise SceneError(
             f"{uri} is truncated or damaged: {one_line(error)} after {plain.tell()} unpacked bytes; copy it again"
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            plain.flush()
+    plain.flush()
+    os.fsync(plain.fileno())
 
 
 def _volumes(uri: str, shape: tuple[int, ...], channels: int) -> int | None:

@@ -46,9 +46,9 @@ class Scratch:
         """
         try:
             root.mkdir(parents=True, exist_ok=True)
-            if classes is not None and not (root / "scores" / "zarr.json").exists():
-                _create(root / "scores", (classes, *grid.shape), (classes, *core), "float32", float("nan"))
-            if not (root / "labels" / "zarr.json").exists():
+            if classes is not None and not _opens(root / "scores"):
+                _create(root / "scores", (classes, *grid.shape), (1, *core), "float32", float("nan"))
+            if not _opens(root / "labels"):
                 _create(root / "labels", grid.shape, core, "uint8", nodata)
         except OSError as error:
             raise ProductError(f"cannot write to {root}: {error.strerror or error}", retryable=True) from error
@@ -101,8 +101,8 @@ class Scratch:
         stop = tuple(min(a + c, n) for a, c, n in zip(start, self.core, self._labels.shape, strict=True))
         try:
             self.read(Box(start, stop))
-            if self._scores is not None:
-                self.read_scores(Box(start, stop))
+            for index in range(self._scores.shape[0] if self._scores is not None else 0):
+                self.read_scores(Box(start, stop), index)
         except ProductError:
             return False
         return True
@@ -110,18 +110,23 @@ class Scratch:
     def read(self, box: Box) -> Labels:
         return np.asarray(_get(self._labels, box.slices(), self.root), np.uint8)
 
-    def read_scores(self, box: Box) -> Floats:
+    def read_scores(self, box: Box, index: int) -> Floats:
         if self._scores is None:
             raise ProductError(f"{self.root} keeps no scores; run with --scores")
-        return np.asarray(_get(self._scores, (slice(None), *box.slices()), self.root), np.float32)
+        return np.asarray(_get(self._scores, (slice(index, index + 1), *box.slices()), self.root)[0], np.float32)
 
     def pick(self, positions: Sequence[NDArray[np.intp]]) -> Labels:
         """Labels at the crossings of these positions, one array of them for each axis."""
         return np.asarray(self._labels.oindex[tuple(positions)], np.uint8)
 
-    def discard(self) -> None:
-        """Remove the store and everything beside it in its folder."""
-        shutil.rmtree(self.root, ignore_errors=True)
+
+def _opens(path: Path) -> bool:
+    """Whether there is an array, and not what a crash left of one."""
+    try:
+        _open(path)
+    except ProductError:
+        return False
+    return True
 
 
 def _open(path: Path) -> Array[Any]:
@@ -150,7 +155,7 @@ def _create(path: Path, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: 
     os.replace(partial, path)
 
 
-def _get(array: Array[Any], index: tuple[slice, ...], root: Path) -> object:
+def _get(array: Array[Any], index: tuple[slice, ...], root: Path) -> Any:
     try:
         return array[index]
     except (OSError, ValueError, RuntimeError) as error:

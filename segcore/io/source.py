@@ -41,8 +41,8 @@ class LabelReader(Protocol):
         """Labels of a box of the scene's grid, (*box.shape)."""
         ...
 
-    def read_scores(self, box: Box) -> Floats:
-        """Scores of a box of the scene's grid, (K, *box.shape)."""
+    def read_scores(self, box: Box, index: int) -> Floats:
+        """Scores of one class in a box of the scene's grid, (*box.shape)."""
         ...
 
 
@@ -67,6 +67,10 @@ class Frame(Protocol):
 
     def verify(self, path: Path, labels: LabelReader) -> None:
         """Read a written mask back. Raises ProductError unless frame and every label are what they should be."""
+        ...
+
+    def verify_scores(self, path: Path, labels: LabelReader, legend: Legend) -> None:
+        """The same for scores."""
         ...
 
     def footprint(self) -> dict[str, Any] | None:
@@ -119,7 +123,7 @@ class Source(Protocol):
         ...
 
     def overview(self, shape: Sequence[int]) -> Floats:
-        """The whole scene, (C, *shape), by nearest neighbour: the pixels at `sample_positions`."""
+        """The whole scene, thinned for a look at it: (C, *shape), near the pixels at `sample_positions`."""
         ...
 
 
@@ -128,7 +132,7 @@ def sample_positions(length: int, samples: int) -> NDArray[np.intp]:
     return ((np.arange(samples) + 0.5) * length / samples).astype(np.intp)
 
 
-def slabs(grid: Grid, pixels: int = 2**24) -> Iterator[Box]:
+def slabs(grid: Grid, pixels: int = 2**23) -> Iterator[Box]:
     """The grid in full slabs of its first axis, of about `pixels` pixels each: for one pass over everything."""
     rows = max(1, pixels * grid.shape[0] // grid.size)
     for start in range(0, grid.shape[0], rows):

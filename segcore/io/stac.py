@@ -10,7 +10,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import pystac
@@ -74,7 +73,13 @@ def item_scene(uri: str, wanted: Wanted) -> Raster:
             f"{uri} is a broken STAC Item ({one_line(error)}); validate it with `stac-validator`"
         ) from error
     named: dict[str, Band] = {}
-    for key, asset in item.assets.items():
+    # An asset that is called as the channel is comes first, then those that say that they are data.
+    wanted_keys = {channel.lower() for channel in wanted.channels}
+    ranked = sorted(
+        (pair for pair in item.assets.items() if _is_data(pair[1])),
+        key=lambda pair: (pair[0].lower() not in wanted_keys, "data" not in (pair[1].roles or ())),
+    )
+    for key, asset in ranked:
         href = asset.get_absolute_href() or asset.href
         for names, band in _asset_bands(key, asset.to_dict(), href):
             for name in names:
@@ -113,9 +118,16 @@ def _asset_bands(key: str, asset: Mapping[str, Any], href: str) -> Iterator[tupl
             position + 1,
             _number(facts.get("scale"), key, "scale"),
             _number(facts.get("offset"), key, "offset"),
-            float("nan") if nodata == "nan" else _number(nodata, key, "nodata"),
+            float(nodata) if nodata in ("nan", "inf", "-inf") else _number(nodata, key, "nodata"),
         )
         yield [str(name).lower() for name in names if name], band
+
+
+def _is_data(asset: pystac.Asset) -> bool:
+    """Whether an asset may be what was measured, and not a picture of it or a text about it."""
+    pictures = {"thumbnail", "overview", "visual", "metadata"} & set(asset.roles or ())
+    others = ("image/png", "image/jpeg", "text/", "application/json", "application/xml", "application/geo+json")
+    return not pictures and not (asset.media_type or "").startswith(others)
 
 
 def _number(value: Any, key: str, field: str) -> float | None:
@@ -145,9 +157,7 @@ def manifest_item(
     """A STAC Item as JSON. `when` is ISO 8601; `geometry` is GeoJSON in WGS 84, None for what is not on Earth."""
     bbox = None
     if geometry is not None:
-        points = [point for ring in geometry["coordinates"] for point in ring]
-        xs, ys = [x for x, *_ in points], [y for _, y, *_ in points]
-        bbox = [min(xs), min(ys), max(xs), max(ys)]
+        bbox = _bounds(geometry)
     extensions = [FILE, CLASSIFICATION] + ([PROJECTION] if any(key.startswith("proj:") for key in properties) else [])
     item = pystac.Item(
         id=name,
@@ -172,6 +182,13 @@ def manifest_item(
     return document
 
 
-def manifest_time(path: Path) -> str:
-    """Time of change of a file, ISO 8601 in UTC, for scenes that do not say when they were taken."""
-    return datetime.fromtimestamp(path.stat().st_mtime, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+def _bounds(geometry: Mapping[str, Any]) -> list[float]:
+    """West, south, east, north; west is the greater one where the outline is cut at the antimeridian (RFC 7946)."""
+    cut = geometry["type"] == "MultiPolygon"
+    polygons = geometry["coordinates"] if cut else [geometry["coordinates"]]
+    points = [point for polygon in polygons for ring in polygon for point in ring]
+    xs, ys = [x for x, *_ in points], [y for _, y, *_ in points]
+    west, east = min(xs), max(xs)
+    if cut and west <= -180 and east >= 180:
+        west, east = min(x for x in xs if x > 0), max(x for x in xs if x < 0)
+    return [west, min(ys), east, max(ys)]

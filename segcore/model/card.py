@@ -211,7 +211,7 @@ def built_in_models() -> list[str]:
 
 def load_card(reference: str) -> Model:
     """The model of this name (a built-in one) or in this folder. Raises CardError with every fault of the card."""
-    folder = _BUILT_IN / reference if reference in built_in_models() else Path(reference)
+    folder = _BUILT_IN / reference if reference in built_in_models() else Path(reference).absolute()
     path = folder / "card.json" if folder.name != "card.json" else folder
     try:
         text = path.read_text(encoding="utf-8")
