@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
+from types import FrameType
 
 # Prefect reads these when it is first imported. Whoever sets them otherwise is obeyed.
 for _name, _value in (
@@ -12,3 +15,18 @@ for _name, _value in (
     ("DO_NOT_TRACK", "1"),
 ):
     os.environ.setdefault(_name, _value)
+
+
+def main() -> None:
+    """Entry point of `segflow`: a signal at any moment, from the first import on, ends it in good order."""
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        drained = number == signal.SIGTERM
+        print("stopped; run the same command again to go on", file=sys.stderr)
+        raise SystemExit(75 if drained else 130)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    from flows.command import command  # the slow part
+
+    command()

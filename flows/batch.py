@@ -9,7 +9,7 @@ import traceback
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -24,8 +24,10 @@ from segcore.spec import Job, Settings
 
 State = Literal["done", "up to date", "failed"]
 
-#: Exit codes of `segflow run`.
-ALL_DONE, SOME_FAILED, NOTHING_RUN, DRAINED = 0, 1, 2, 75
+#: Exit codes of `segflow run`; besides, 75 means that it was stopped by SIGTERM.
+ALL_DONE, SOME_FAILED, NOTHING_RUN = 0, 1, 2
+#: Where a run says what it did; no product can have this name.
+RUN_FILE = "run.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,7 @@ class Summary:
     records: tuple[SceneRecord, ...]
     job: dict[str, Any]
     ended: bool = True
+    warnings: tuple[str, ...] = ()
 
     def count(self, state: State) -> int:
         return sum(record.state == state for record in self.records)
@@ -76,6 +79,7 @@ class Summary:
             "seconds": round(self.seconds, 3),
             "exit_code": self.exit_code if self.ended else None,
             "counts": {state: self.count(state) for state in ("done", "up to date", "failed")},
+            "warnings": list(self.warnings),
             **self.job,
             "scenes": [asdict(record) for record in self.records],
         }
@@ -96,6 +100,8 @@ def find_jobs(arguments: Sequence[str], model: str, out: str, settings: Settings
     for uri in uris:
         named[product_name(uri)].append(uri)
     for name, same in named.items():
+        if name == RUN_FILE:
+            raise PlanError(f"{same[0]} would write {Path(out) / name}, which is the file of the run; rename the scene")
         if len(same) > 1:
             raise PlanError(
                 f"{len(same)} scenes would all write {Path(out) / name}: {', '.join(same[:3])}; run them with "
@@ -117,15 +123,14 @@ def run_batch(jobs: Iterable[Job], label: Callable[[Job], Outcome], ended: Calla
     started, began, run_id = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), time.perf_counter(), uuid.uuid4().hex
     described = {"model": first.model, "out": first.out, "settings": asdict(first.settings), "total": len(jobs)}
 
-    def summary() -> Summary:
-        seconds, ended = time.perf_counter() - began, len(records) == len(jobs)
-        return Summary(run_id, first.out, started, seconds, tuple(records), described, ended)
-
+    warning: tuple[str, ...] = ()
     for job in jobs:
         records.append(_attempt(job, label))
         ended(records[-1])
-        _write_run(summary())
-    return summary()
+        seconds, finished = time.perf_counter() - began, len(records) == len(jobs)
+        summary = Summary(run_id, first.out, started, seconds, tuple(records), described, finished)
+        warning = _write_run(summary)
+    return replace(summary, warnings=warning)
 
 
 def _attempt(job: Job, label: Callable[[Job], Outcome]) -> SceneRecord:
@@ -162,9 +167,9 @@ def _attempt(job: Job, label: Callable[[Job], Outcome]) -> SceneRecord:
 def _check_writable(out: Path) -> None:
     """Raises ProductError unless files can be made in the folder; leaves nothing behind."""
     existing = out.absolute()
-    while not existing.exists():
-        existing = existing.parent
     try:
+        while not existing.exists():
+            existing = existing.parent
         if not existing.is_dir():
             raise NotADirectoryError(20, "Not a directory")
         with tempfile.TemporaryFile(dir=existing):
@@ -175,10 +180,12 @@ def _check_writable(out: Path) -> None:
         ) from error
 
 
-def _write_run(summary: Summary) -> None:
+def _write_run(summary: Summary) -> tuple[str, ...]:
+    """Write the file of the run; products do not depend on it, so that a failure is a warning, which is returned."""
     out = Path(summary.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "run.json", summary.to_json())
-    except OSError as error:
-        raise ProductError(f"cannot write {out / 'run.json'}: {error.strerror or error}; free some space") from error
+        write_json(out / RUN_FILE, summary.to_json())
+    except (OSError, ValueError) as error:
+        return (f"cannot write {out / RUN_FILE}: {one_line(error)}",)
+    return ()

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 import warnings
 from dataclasses import asdict
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from flows.batch import DRAINED, NOTHING_RUN, Summary, find_jobs, run_batch
+from flows.batch import NOTHING_RUN, Summary, find_jobs, run_batch
 from flows.console import Reporter, reporting
-from segcore.errors import SegcoreError
+from segcore.errors import PlanError, SegcoreError, one_line
 from segcore.model.card import built_in_models, load_card
 from segcore.spec import Job, Settings, format_bytes, parse_bytes
 
@@ -91,6 +89,8 @@ def run(
             summary = _run_flow(scenes, model, out, settings, cluster, reporter)
         else:
             summary = _run_here(find_jobs(scenes, model, out, settings), cluster, reporter)
+    for warning in summary["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr)
     if as_json:
         print(json.dumps(summary, indent=2))
     elif len(summary["scenes"]) > 1:
@@ -114,11 +114,15 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Show how a scene would be tiled, without running the network."""
-    from segcore.io import product_name
+    from segcore.io import find_scenes, product_name
     from segcore.scene import provenance, survey
 
+    uris = find_scenes([scene])
+    if len(uris) > 1:
+        raise PlanError(f"{scene} names {len(uris)} scenes; plan one at a time, such as {uris[0]}")
+
     settings = _settings(memory, tile, mode, overlap, False, bands, scale, offset)
-    prospect = survey(Job(product_name(scene), scene, model, out, settings))
+    prospect = survey(Job(product_name(uris[0]), uris[0], model, out, settings))
     facts = provenance(prospect, "", "")["segflow:plan"] | {"tiles": len(prospect.plan)}
     facts |= {"scene": prospect.source.uri, "grid": list(prospect.source.grid.shape)}
     if as_json:
@@ -280,19 +284,21 @@ def _options(
 ) -> None: ...
 
 
-def _drain(_number: int, _frame: FrameType | None) -> None:
-    raise SystemExit(DRAINED)
-
-
-def main() -> None:
-    """Entry point: every SegcoreError becomes one line and exit code 2."""
+def command() -> None:
+    """Run the command line: what a user can mend becomes one line and exit code 2, whatever it is."""
     warnings.filterwarnings("ignore", message=".*no geotransform, gcps, or rpcs.*")
-    signal.signal(signal.SIGTERM, _drain)
     try:
         app()
-    except SegcoreError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        if os.environ.get("SEGFLOW_TRACEBACK"):
+            raise
+        text = str(error)
+        if not isinstance(error, SegcoreError):
+            text = (
+                f"unexpected {type(error).__name__}: {one_line(error)}; SEGFLOW_TRACEBACK=1 shows where, please report"
+            )
+        if "--json" in sys.argv:
+            print(json.dumps({"error": text, "exit_code": NOTHING_RUN}, indent=2))
+        else:
+            print(f"error: {text}", file=sys.stderr)
         sys.exit(NOTHING_RUN)
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        sys.exit(130)

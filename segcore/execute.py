@@ -164,8 +164,8 @@ class Workers:
         return sum(self.client.nthreads().values()) or 1
 
     def close(self) -> None:
-        with contextlib.suppress(TimeoutError, OSError):
-            self.client.close()
+        with contextlib.suppress(Exception):  # it may have lost its scheduler
+            self.client.close(timeout=5)
         if self._cluster is not None:
             self._cluster.close()
 
@@ -215,9 +215,17 @@ def label_tiles(recipe: Recipe, todo: Iterable[Index], workers: Workers) -> Iter
                 size = min(256, max(1, round(BATCH_SECONDS / max(seconds, 1e-6))))
                 yield from reports
             fill()
+    except SegcoreError:
+        raise
+    except (OSError, RuntimeError, ValueError, CancelledError) as error:  # a client whose scheduler is gone
+        raise ModelError(
+            f"lost the dask scheduler ({type(error).__name__}: {one_line(error)}); finished tiles are kept: run again",
+            retryable=True,
+        ) from error
     finally:
-        workers.client.cancel(list(running))
-        _wait_until_stopped(workers, key)
+        with contextlib.suppress(Exception):  # what went wrong before matters more
+            workers.client.cancel(list(running))
+            _wait_until_stopped(workers, key)
 
 
 def _wait_until_stopped(workers: Workers, key: str, timeout: float = 60) -> None:
@@ -226,9 +234,8 @@ def _wait_until_stopped(workers: Workers, key: str, timeout: float = 60) -> None
     A tile cannot be stopped half-way; nobody may remove what it writes to before it ends.
     """
     until = time.monotonic() + timeout
-    with contextlib.suppress(OSError, TimeoutError, ValueError):
-        while time.monotonic() < until and any(workers.client.run(_stop, key).values()):
-            time.sleep(0.05)
+    while time.monotonic() < until and any(workers.client.run(_stop, key).values()):
+        time.sleep(0.05)
 
 
 def _stop(key: str, dask_worker: Worker) -> int:

@@ -33,6 +33,8 @@ Index = tuple[int, ...]
 PROCESS_BYTES = 380 * 2**20
 #: Pixels of a core beyond which a larger one saves little and a lost one costs much.
 LARGEST_CORE = 2**22
+#: Pixels of the network's grid for one of the scene's, beyond which something must be wrong.
+LARGEST_GROWTH = 1000
 #: Tiles of a process that are under way at once: one read, one inferred, one written.
 TILES_IN_FLIGHT = 3
 
@@ -116,9 +118,15 @@ class Plan:
             raise IndexError(f"tile {index} is outside a plan of {self.counts} tiles")
         core = self.core_box(index)
         target = self.rescale.inverse().support(core)
-        windows = (self._exact_window(target),) if self.mode == "exact" else tuple(self._lattice_windows(target))
-        read = self.rescale.support(mirrored(windows[0] | windows[-1], self.canvas))
-        return Tile(index, core, read, target, windows)
+        if self.mode == "exact":
+            windows: tuple[Box, ...] = (self._exact_window(target),)
+        else:
+            windows = tuple(map(self._window, product(*self._window_ranges(target))))
+        return Tile(index, core, self._read(windows[0] | windows[-1]), target, windows)
+
+    def _read(self, hull: Box) -> Box:
+        """What windows within this hull are made of, on the scene's grid."""
+        return self.rescale.support(mirrored(hull, self.canvas))
 
     def _exact_window(self, target: Box) -> Box:
         """The target and its halo, on multiples of the stride, and never past the border of the scene.
@@ -129,8 +137,8 @@ class Plan:
         whole = Box.of(self.canvas).snap(self.sight.stride)
         return target.snap(self.sight.stride).grow(self.halo) & whole
 
-    def _lattice_windows(self, target: Box) -> Iterator[Box]:
-        """Every window of the scene's lattice that touches the target, in the order of the lattice."""
+    def _window_ranges(self, target: Box) -> list[range]:
+        """Which windows of the scene's lattice touch the target, per axis."""
         assert self.sight.window is not None
         ranges = []
         for a, b, w, s, count in zip(
@@ -139,9 +147,13 @@ class Plan:
             first = max(0, (a - w) // s + 1)
             last = min(count - 1, (b - 1) // s)
             ranges.append(range(first, last + 1))
-        for index in product(*ranges):
-            start = tuple(i * s for i, s in zip(index, self.sight.step, strict=True))
-            yield Box(start, tuple(a + w for a, w in zip(start, self.sight.window, strict=True)))
+        return ranges
+
+    def _window(self, index: Index) -> Box:
+        """A window of the scene's lattice."""
+        assert self.sight.window is not None
+        start = tuple(i * s for i, s in zip(index, self.sight.step, strict=True))
+        return Box(start, tuple(a + w for a, w in zip(start, self.sight.window, strict=True)))
 
     @property
     def work(self) -> float:
@@ -166,8 +178,7 @@ class Plan:
         index = [0] * len(self.core)
         for i in range(self.counts[axis]):
             index[axis] = i
-            starts = {window.start[axis] for window in self.tile(tuple(index)).windows}
-            total += len(starts)
+            total += len(self._window_ranges(self.rescale.inverse().support(self.core_box(tuple(index))))[axis])
         return total
 
 
@@ -192,6 +203,11 @@ def make_plan(
             f"a scene of {_times(canvas)} pixels, as the network sees it, is smaller than one cell of the network's "
             f"coarsest level ({_times(sight.stride)}): there is nothing to see but padding; label it together with its "
             f"surroundings"
+        )
+    if prod(canvas) > LARGEST_GROWTH * grid.size:
+        raise PlanError(
+            f"the model's spacing would make {_times(canvas)} pixels of a scene of {grid}, more than {LARGEST_GROWTH} "
+            f"for each; check the units of the scene's spacing and of the card's"
         )
     whole_only = chosen == "exact" and not sight.local
 
@@ -270,15 +286,25 @@ def _sides(
 
 
 def _predict_memory(plan: Plan, cost: Cost) -> int:
-    """Bytes of one worker process at its peak: arrays of the tiles under way, and one window in the engine."""
+    """Bytes of one worker process at its peak: arrays of the tiles under way, and one window in the engine.
+
+    Sizes only: windows may be too many to list when the plan is about to be refused.
+    """
     # A tile in the middle needs most; of two on an axis the first one does, as the last may be a sliver.
-    middle = plan.tile(tuple((n - 1) // 2 for n in plan.counts))
-    hull, window = middle.hull.size, middle.windows[0].size
-    array = 4 * cost.channels * (2 * middle.read.size + 2 * hull)
-    scores = 4 * cost.classes * (2 * middle.target.size + middle.core.size) + 8 * middle.core.size
+    core = plan.core_box(tuple((n - 1) // 2 for n in plan.counts))
+    target = plan.rescale.inverse().support(core)
+    if plan.mode == "exact":
+        hull = window = plan._exact_window(target)
+        count = 1
+    else:
+        ranges = plan._window_ranges(target)
+        window = plan._window(tuple(r[0] for r in ranges))
+        hull = window | plan._window(tuple(r[-1] for r in ranges))
+        count = prod(map(len, ranges))
+    array = 4 * cost.channels * (2 * plan._read(hull).size + 2 * hull.size)
+    scores = 4 * cost.classes * (2 * target.size + core.size) + 8 * core.size
     in_flight = min(TILES_IN_FLIGHT, len(plan))
-    engine = int(cost.engine_bytes_per_pixel * window)
-    return PROCESS_BYTES + in_flight * (array + scores) + engine
+    return PROCESS_BYTES + in_flight * (array + scores + 500 * count) + int(cost.engine_bytes_per_pixel * window.size)
 
 
 def _times(shape: tuple[int, ...]) -> str:

@@ -15,11 +15,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 
 from segcore.errors import ProductError
-from segcore.io.files import sha256_of
+from segcore.files import sha256_of
 from segcore.io.scratch import Scratch
 from segcore.io.source import Legend, Source, sample_positions, slabs
 from segcore.io.stac import Asset, manifest_item
@@ -79,17 +80,17 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
 
 
 def is_current(path: Path, fingerprint: str) -> bool:
-    """Whether the product with this manifest was made of the same input, model and settings, and has all its files."""
+    """Whether the product with this manifest was made of the same input, model and settings, and is whole."""
     document = read_manifest(path)
-    if document is None or document.get("properties", {}).get("segflow:fingerprint") != fingerprint:
-        return False
-    for asset in document.get("assets", {}).values():
-        try:
-            if (path.parent / asset["href"]).stat().st_size != asset["file:size"]:
-                return False
-        except (OSError, KeyError):
+    try:
+        if document is None or document["properties"]["segflow:fingerprint"] != fingerprint:
             return False
-    return True
+        assets = {key: (asset["href"], asset["file:checksum"]) for key, asset in document["assets"].items()}
+        return "mask" in assets and all(
+            checksum == _multihash(path.parent / href) for href, checksum in assets.values()
+        )
+    except (OSError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def publish(
@@ -136,7 +137,9 @@ def publish(
         )
         link = {"rel": "derived_from", "href": source.uri, "title": "The scene that was labelled"}
         document["links"] = [*document.get("links", []), link]
-        _move(files, document, manifest_path(out, name))
+        # Written before anything is moved: what follows are renames only.
+        write_json(hidden / f"{name}.json", document)
+        _move(files, hidden / f"{name}.json", manifest_path(out, name))
     except OSError as error:
         raise ProductError(
             f"cannot publish {out / name}: {error.strerror or error}; free some space or choose another --out",
@@ -148,36 +151,47 @@ def publish(
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
     """Write a JSON file in one step: it is there whole, or as it was."""
     text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(f"{text}\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(f"{text}\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
-def _move(files: list[Path], document: Mapping[str, Any], manifest: Path) -> None:
+def _move(files: list[Path], document: Path, manifest: Path) -> None:
     """The commit: old manifest away, new files in place, files of an older product away, new manifest."""
-    json.dumps(document, allow_nan=False)  # a manifest that cannot be written must not cost an older product
     folder = manifest.parent
     folder.mkdir(parents=True, exist_ok=True)
     _sync(folder.parent)
     for file in files:
         _sync(file)
-    older = read_manifest(manifest)
+    older = _files_of(read_manifest(manifest))
     manifest.unlink(missing_ok=True)
     _sync(folder)
     for file in files:
         os.replace(file, folder / file.name)
-    if older is not None:
-        kept = {file.name for file in files}
-        for asset in older.get("assets", {}).values():
-            name = Path(str(asset.get("href", ""))).name
-            if name and name not in kept:
-                (folder / name).unlink(missing_ok=True)
+    for name in older - {file.name for file in files}:
+        (folder / name).unlink(missing_ok=True)
     _sync(folder)
-    write_json(manifest, document)
+    os.replace(document, manifest)
     _sync(folder)
+
+
+def _files_of(document: Mapping[str, Any] | None) -> set[str]:
+    """Names of the files of a product, none where its manifest is not to be made out."""
+    try:
+        return {Path(asset["href"]).name for asset in document["assets"].values()} if document else set()
+    except (KeyError, TypeError, AttributeError):
+        return set()
+
+
+def _multihash(path: Path) -> str:
+    """The checksum of a file as STAC writes it: 0x12 says SHA-256, 0x20 says 32 bytes."""
+    return f"1220{sha256_of(path)}"
 
 
 def _sync(path: Path) -> None:
@@ -198,8 +212,7 @@ _MEDIA_TYPES = {
 
 
 def _asset(path: Path, title: str, roles: tuple[str, ...], fields: Mapping[str, Any]) -> Asset:
-    # A multihash: 0x12 says SHA-256, 0x20 says 32 bytes.
-    facts = {"file:size": path.stat().st_size, "file:checksum": f"1220{sha256_of(path)}"}
+    facts = {"file:size": path.stat().st_size, "file:checksum": _multihash(path)}
     return Asset(f"./{path.name}", title, _MEDIA_TYPES[path.suffix], roles, {**facts, **fields})
 
 

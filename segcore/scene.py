@@ -37,6 +37,8 @@ from segcore.spec import Job
 
 #: Raised whenever a change of this code may change a pixel of a product: old products are then made again.
 PIXEL_VERSION = 1
+#: How long to wait for another run that has the same scene in work.
+LOCK_SECONDS = 600.0
 #: Folder inside the output folder for what is not finished.
 HIDDEN = ".segflow"
 
@@ -114,6 +116,8 @@ def segment_scene(job: Job, workers: Workers, progress: Progress = lambda *_: No
     if is_current(manifest, prospect.fingerprint):
         return Outcome("up to date", source.name, source.uri, str(manifest), time.perf_counter() - began, len(plan))
     with _locked(prospect.hidden):
+        if is_current(manifest, prospect.fingerprint):  # another run has just made it
+            return Outcome("up to date", source.name, source.uri, str(manifest), time.perf_counter() - began, len(plan))
         try:
             created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
             scratch = Scratch.create(
@@ -269,8 +273,10 @@ def _label_all(recipe: Recipe, workers: Workers, progress: Progress) -> tuple[in
 def _fit_once(card: Card, source: Source, scratch: Scratch) -> Scaling:
     """The scene's statistics: kept beside its tiles, so that a restart takes the very same numbers."""
     path = scratch.root / "scaling.json"
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        return Scaling.from_json(json.loads(path.read_text()))
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        kept = Scaling.from_json(json.loads(path.read_text()))
+        if len(kept.operations) == len(card.scaling):
+            return kept
     scaling = fit_scaling(card.scaling, source)
     partial = path.with_suffix(".partial")
     try:
@@ -303,24 +309,40 @@ def _interrupted_core(job: Job, name: str, fingerprint: str) -> tuple[int, ...] 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Hold the hidden folder of a scene against other runs; the lock goes with the process, however that ends."""
+    until = time.monotonic() + LOCK_SECONDS
+    while (descriptor := _lock(folder)) is None:
+        if time.monotonic() > until:
+            raise ProductError(f"{folder} is in use by another run; wait for it to end", retryable=True)
+        time.sleep(0.2)
+    try:
+        yield
+    finally:
+        # Empty it is of no use; removed while it is locked, so that no other run can be in it.
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        os.close(descriptor)
+        with contextlib.suppress(OSError):
+            folder.parent.rmdir()
+
+
+def _lock(folder: Path) -> int | None:
+    """A locked descriptor of the folder, which is made; None while another run holds it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return None  # another run removed it between the two
     except OSError as error:
         raise ProductError(f"cannot write to {folder}: {error.strerror or error}; choose another --out") from error
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Another run may have ended, and removed the folder, since it was opened.
-            if os.fstat(descriptor).st_ino != os.stat(folder).st_ino:
-                raise BlockingIOError(f"{folder} was removed")
-        except OSError as error:
-            raise ProductError(f"{folder} is in use by another run; wait for it to end", retryable=True) from error
-        yield
-    finally:
-        os.close(descriptor)
-        with contextlib.suppress(OSError):
-            folder.parent.rmdir()  # only when it is empty
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Another run may have ended, and removed the folder, since it was opened.
+        if os.fstat(descriptor).st_ino == os.stat(folder).st_ino:
+            return descriptor
+    except OSError:
+        pass
+    os.close(descriptor)
+    return None
 
 
 def _versions() -> dict[str, str]:

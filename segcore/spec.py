@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import asdict, dataclass, field
+from math import isfinite
 from typing import Any, Literal
 
 from segcore.errors import PlanError
@@ -21,7 +22,7 @@ def parse_bytes(text: str) -> int:
     Raises PlanError for anything else, and for amounts that are not positive.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?B)?\s*", text.upper())
-    if match is None or float(match[1]) <= 0:
+    if match is None or not 0 < float(match[1]) < 2**60:
         raise PlanError(f"--memory {text!r} is no amount of memory; give a positive number with a unit, such as 4GiB")
     scale = _DECIMAL[match[2]] if match[2] and match[3] == "B" else _UNITS[match[2]]
     return int(float(match[1]) * scale)
@@ -118,8 +119,10 @@ class Settings:
             raise PlanError(f"--mode {self.mode!r} must be auto, exact or blend")
         if self.overlap is not None and self.overlap < 0:
             raise PlanError(f"--overlap {self.overlap} must not be negative")
-        if self.scale is not None and self.scale == 0:
-            raise PlanError("--scale 0 would make every pixel the same")
+        if self.scale is not None and (self.scale == 0 or not isfinite(self.scale)):
+            raise PlanError(f"--scale {self.scale} must be a number other than 0")
+        if self.offset is not None and not isfinite(self.offset):
+            raise PlanError(f"--offset {self.offset} must be a number")
 
     def pixels(self) -> dict[str, Any]:
         """The settings that a product depends on, as JSON values: part of its fingerprint."""

@@ -119,9 +119,11 @@ def _window_scores(image: Floats, tile: Tile, card: Card, device: _Device) -> It
     windows, origin = tile.windows, tile.hull.start
     for first in range(0, len(windows), device.batch):
         group = windows[first : first + device.batch]
-        batch = np.stack([image[(slice(None), *window.slices(origin))] for window in group])
+        # A device may choose its arithmetic by the size of the batch: of several windows, all batches are full.
+        size = min(device.batch, len(windows)) if len(windows) == 1 else device.batch
+        batch = np.stack([image[(slice(None), *window.slices(origin))] for window in (group * size)[:size]])
         raw = device(np.ascontiguousarray(batch, dtype=np.float32))
-        wanted = (len(group), len(card.classes), *group[0].shape)
+        wanted = (size, len(card.classes), *group[0].shape)
         if raw.shape != wanted:
             raise ModelError(
                 f"the network of {card.name} turns a batch of shape {batch.shape} into {raw.shape}; its card promises "
@@ -129,7 +131,7 @@ def _window_scores(image: Floats, tile: Tile, card: Card, device: _Device) -> It
             )
         if not np.isfinite(raw).all():
             raise ModelError(f"the network of {card.name} returns NaN or infinity in {group[0]}; check its scaling")
-        yield from zip(group, _activate(raw, card.activation), strict=True)
+        yield from zip(group, _activate(raw[: len(group)], card.activation), strict=True)
 
 
 @cache

@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from segcore import demo
 from segcore.execute import Workers
-from segcore.io.files import sha256_of
+from segcore.files import sha256_of
 from segcore.model.card import Card
 
 settings.register_profile(

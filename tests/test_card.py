@@ -63,7 +63,7 @@ def test_cloud_cards_say_what_the_files_beside_the_weights_say(name: str) -> Non
         ({"scaling": [{"step": "magic"}]}, "magic"),
         ({"scaling": [{"step": "affine", "scale": [1, 2]}]}, "2 numbers for 1 channels"),
         ({"scaling": [{"step": "clip_percentiles", "lower": 9, "upper": 1}]}, "must be less than"),
-        ({"classes": [{"index": 1, "name": "a", "color": [0, 0, 0]}] * 2}, "numbered 0, 1, 2"),
+        ({"classes": [{"index": i, "name": str(i), "color": [0, 0, 0]} for i in (1, 2)]}, "numbered 0, 1, 2"),
         ({"orientation": "RAS"}, "for volumes"),
         ({"artifacts": [{"format": "pickle", "path": "a.pkl", "sha256": "0" * 64}]}, "format"),
     ],

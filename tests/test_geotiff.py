@@ -18,7 +18,7 @@ from rasterio.transform import Affine, from_origin
 from rio_cogeo.cogeo import cog_validate
 
 from segcore.box import Box
-from segcore.errors import SceneError
+from segcore.errors import ProductError, SceneError
 from segcore.io.geotiff import Band, Raster, raster_file
 from segcore.io.memory import ArrayLabels
 from segcore.io.source import Legend, Wanted
@@ -228,3 +228,70 @@ def test_overviews_show_the_scene(make: Callable[..., Path]) -> None:
 def test_complex_rasters_are_refused(make: Callable[..., Path]) -> None:
     with pytest.raises(SceneError, match="complex"):
         raster_file(str(make(np.zeros((1, 4, 4), np.complex64))), "scene", wanted("a"))
+
+
+def test_the_identity_follows_sidecars_and_sources(make: Callable[..., Path], tmp_path: Path) -> None:
+    values = np.ones((1, 8, 8), np.uint8)
+    source = make(values, "source.tif")
+    virtual = tmp_path / "virtual.vrt"
+    virtual.write_text(
+        '<VRTDataset rasterXSize="8" rasterYSize="8"><GeoTransform>0,1,0,9,0,-1</GeoTransform><VRTRasterBand '
+        'dataType="Byte" band="1"><SimpleSource><SourceFilename relativeToVRT="1">source.tif</SourceFilename>'
+        "<SourceBand>1</SourceBand></SimpleSource></VRTRasterBand></VRTDataset>"
+    )
+    before = raster_file(str(virtual), "scene", wanted("a")).identity()
+    make(values + 1, "source.tif")
+    assert raster_file(str(virtual), "scene", wanted("a")).identity() != before
+    placed = make(values, "placed.tif", crs=None, transform=None)
+    placed.with_suffix(".tfw").write_text("10\n0\n0\n-10\n5\n95\n")
+    before = raster_file(str(placed), "scene", wanted("a")).identity()
+    placed.with_suffix(".tfw").write_text("20\n0\n0\n-20\n5\n95\n")
+    assert raster_file(str(placed), "scene", wanted("a")).identity() != before
+    assert source.exists()
+
+
+def test_what_an_interrupted_run_left_is_overwritten(make: Callable[..., Path], tmp_path: Path) -> None:
+    raster = raster_file(str(make(np.zeros((1, 60, 70), np.uint8))), "scene", wanted("a"))
+    labels = ArrayLabels(RNG.integers(0, 3, (60, 70)).astype(np.uint8))
+    mask, _ = raster.frame.write_labels(tmp_path / "mask.tif", labels, LEGEND)
+    good = mask.read_bytes()
+    for leftover in (b"", good[:100], good[: len(good) // 2]):
+        (tmp_path / "mask.tif").write_bytes(leftover)
+        (tmp_path / "mask.plain.tif").write_bytes(leftover)
+        raster.frame.write_labels(tmp_path / "mask.tif", labels, LEGEND)
+        raster.frame.verify(mask, labels)
+        assert mask.read_bytes() == good
+
+
+def test_a_damaged_mask_does_not_verify(make: Callable[..., Path], tmp_path: Path) -> None:
+    raster = raster_file(str(make(np.zeros((1, 60, 70), np.uint8))), "scene", wanted("a"))
+    labels = ArrayLabels(np.zeros((60, 70), np.uint8), np.zeros((3, 60, 70), np.float32))
+    mask, _ = raster.frame.write_labels(tmp_path / "mask.tif", labels, LEGEND)
+    other = ArrayLabels(np.eye(60, 70, dtype=np.uint8), np.ones((3, 60, 70), np.float32))
+    with pytest.raises(ProductError, match="differs"):
+        raster.frame.verify(mask, other)
+    (scores,) = raster.frame.write_scores(tmp_path / "scores.tif", labels, LEGEND)
+    with pytest.raises(ProductError, match="differs"):
+        raster.frame.verify_scores(scores, other, LEGEND)
+    mask.write_bytes(mask.read_bytes()[:300])
+    with pytest.raises(ProductError, match="does not read back"):
+        raster.frame.verify(mask, labels)
+
+
+def test_a_fourth_byte_band_is_a_channel_for_whoever_names_it(make: Callable[..., Path]) -> None:
+    values = RNG.integers(0, 255, (4, 9, 9)).astype(np.uint8)
+    path = make(values, photometric="RGB")
+    names = ["blue", "green", "red", "nir"]
+    raster = raster_file(str(path), "scene", wanted(*names), names)
+    assert np.array_equal(raster.read(raster.grid.box), values)
+
+
+def test_outlines_that_cannot_be_drawn_are_left_out(make: Callable[..., Path]) -> None:
+    moon = "+proj=longlat +a=1737400 +b=1737400 +no_defs"
+    assert raster_file(str(make(np.zeros((1, 4, 4), np.uint8), crs=moon)), "m", wanted("a")).frame.footprint() is None
+
+
+def test_transforms_without_area_are_refused(make: Callable[..., Path]) -> None:
+    path = make(np.zeros((1, 4, 4), np.uint8), transform=Affine(0, 0, 5, 0, 0, 7))
+    with pytest.raises(SceneError, match="no area"):
+        raster_file(str(path), "scene", wanted("a"))

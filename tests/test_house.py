@@ -22,6 +22,7 @@ FLOORS = {
     "segcore.model": 2,
     "segcore.resample": 1.5,
     "segcore.plan": 1,
+    "segcore.files": 0.5,
     "segcore.grid": 0.5,
     "segcore.spec": 0.5,
     "segcore.box": 0,
@@ -35,7 +36,7 @@ HOMES = {
     "distributed": {"segcore.execute"},
     "dask": set(),
     "psutil": {"segcore.execute"},
-    "rasterio": {"segcore.io.geotiff"},
+    "rasterio": {"segcore.io.geotiff", "segcore.io.cog"},
     "nibabel": {"segcore.io.nifti"},
     "zarr": {"segcore.io.scratch"},
     "pystac": {"segcore.io.stac"},
@@ -44,7 +45,7 @@ HOMES = {
     "pydantic": {"segcore.model.card", "flows.segment"},
     "PIL": {"segcore.quicklook"},
 }
-PURE = {"segcore.errors", "segcore.box", "segcore.grid", "segcore.spec", "segcore.plan"}
+PURE = {"segcore.errors", "segcore.files", "segcore.box", "segcore.grid", "segcore.spec", "segcore.plan"}
 
 
 def modules() -> list[tuple[str, Path]]:

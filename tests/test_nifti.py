@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from nibabel.orientations import aff2axcodes
 
 from segcore.box import Box
-from segcore.errors import CardError, SceneError
+from segcore.errors import CardError, ProductError, SceneError
 from segcore.io.memory import ArrayLabels
 from segcore.io.nifti import Nifti, geometry
 from segcore.io.source import Legend, Wanted
@@ -222,3 +222,26 @@ def test_volumes_that_cannot_be_labelled_are_refused(tmp_path: Path) -> None:
             Nifti(str(path), name, wanted)
     with pytest.raises(CardError, match="'yx'"):
         Nifti(str(path), name, Wanted(("T1w",), "yx"))
+
+
+def test_odd_headers_come_through_untouched(tmp_path: Path) -> None:
+    """nibabel repairs what it reads; a mask must not: qfac 0, NaN in a transform not in use, a unit that is none."""
+    values = RNG.random(SHAPE).astype(np.float32)
+    path = save(tmp_path / "scene.nii", values, np.diag([2.0, 2, 2, 1]))
+    raw = bytearray(path.read_bytes())
+    header = np.frombuffer(raw, nib.nifti1.header_dtype, 1)[0]
+    assert int(header["sform_code"]) > 0
+    assert int(header["qform_code"]) == 0
+    edited = nib.Nifti1Header(bytes(raw[:348]), check=False)
+    edited["pixdim"][0], edited["quatern_b"], edited["xyzt_units"] = 0, np.nan, 7
+    path.write_bytes(edited.binaryblock + raw[348:])
+    volume = Nifti(str(path), "scene", Wanted(("T1w",), "xyz", "RAS"))
+    labels = ArrayLabels((volume.read(volume.grid.box)[0] > 0.5).astype(np.uint8))
+    (mask,) = volume.frame.write_labels(tmp_path / "mask.nii.gz", labels, LEGEND)
+    volume.frame.verify(mask, labels)
+    written = gzip.decompress(mask.read_bytes())[:348]
+    for field in ("pixdim", "quatern_b", "xyzt_units", "srow_x"):
+        one, two = (nib.Nifti1Header(block, check=False)[field] for block in (edited.binaryblock, written))
+        assert np.asarray(one).tobytes() == np.asarray(two).tobytes(), field
+    with pytest.raises(ProductError, match="differs"):
+        volume.frame.verify(mask, ArrayLabels(1 - labels.labels))

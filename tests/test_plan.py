@@ -174,3 +174,26 @@ def test_bad_settings_are_refused(bad: dict) -> None:
 def test_contradicting_windows_are_refused(window: tuple | None, overlap: tuple | None) -> None:
     with pytest.raises(PlanError):
         Sight((32, 32), None, window, overlap)
+
+
+@given(plans())
+def test_no_tile_needs_much_more_than_the_plan_predicts(plan: Plan) -> None:
+    """The prediction is made for one tile; the arrays of every other one must fit, too."""
+    predicted = plan.memory - 380 * 2**20
+    most = max(plan.tile(index).hull.size + plan.tile(index).read.size for index in list(plan.indices())[:60])
+    assert 4 * COST.channels * 2 * most <= 2 * predicted + 4096
+
+
+def test_a_sliver_at_the_end_does_not_hide_what_the_first_tile_needs() -> None:
+    sight = Sight((16, 16), (92, 92))
+    plans = [make_plan(Grid("yx", (n, n)), (n, n), sight, COST, LOTS, core=(2048, 2048)) for n in (2048, 2100)]
+    assert plans[1].memory >= plans[0].memory
+
+
+def test_absurd_spacings_are_refused_at_once() -> None:
+    grid = Grid("zyx", (20, 30, 40))
+    sight = Sight((16,) * 3, None, (32,) * 3, (16,) * 3)
+    with pytest.raises(PlanError, match="check the units"):
+        make_plan(grid, (20_000, 30_000, 40_000), sight, COST, LOTS)
+    with pytest.raises(PlanError, match="budget"):
+        make_plan(grid, (190, 290, 390), sight, COST, 400 * 2**20, core=(20, 30, 40))

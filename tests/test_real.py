@@ -17,7 +17,7 @@ from rio_cogeo.cogeo import cog_validate
 
 from segcore import demo
 from segcore.execute import Workers
-from segcore.io.files import sha256_of
+from segcore.files import sha256_of
 from segcore.io.nifti import geometry
 from segcore.scene import Outcome, segment_scene
 from segcore.spec import Job, Settings

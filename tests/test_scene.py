@@ -23,7 +23,7 @@ from rasterio.transform import from_origin
 
 from segcore.errors import PlanError, ProductError, SceneError
 from segcore.execute import Workers
-from segcore.io.files import sha256_of
+from segcore.files import sha256_of
 from segcore.scene import HIDDEN, segment_scene, survey
 from segcore.spec import Job, Settings
 
@@ -152,7 +152,10 @@ def test_a_failed_rerun_leaves_the_old_product(tmp_path: Path, raster: Path, mod
     assert not (out / HIDDEN).exists()
 
 
-def test_a_scene_in_work_is_left_alone(tmp_path: Path, raster: Path, model: str, workers: Workers) -> None:
+def test_a_scene_in_work_is_left_alone(
+    tmp_path: Path, raster: Path, model: str, workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("segcore.scene.LOCK_SECONDS", 0.5)
     out = tmp_path / "out"
     hidden = out / HIDDEN / "scene_1"
     hidden.mkdir(parents=True)
@@ -248,3 +251,63 @@ def test_sigterm_drains_and_can_be_resumed(tmp_path: Path, raster: Path, model: 
     again = run_segflow("run", raster, "-m", model, "-o", out, "--tile", 16)
     assert again.returncode == 0
     assert "kept of an interrupted run" in again.stderr
+
+
+def test_a_product_that_is_not_whole_is_made_again(tmp_path: Path, raster: Path, model: str, workers: Workers) -> None:
+    out = tmp_path / "out"
+    segment_scene(job(raster, model, out), workers)
+    folder, good = out / "scene_1", files(out / "scene_1")
+    manifest = json.loads((folder / "scene_1.json").read_text())
+    mask = bytearray((folder / "scene_1_mask.tif").read_bytes())
+    mask[-5] ^= 1
+    (folder / "scene_1_mask.tif").write_bytes(mask)
+    assert segment_scene(job(raster, model, out), workers).state == "done"
+    for odd in ({"properties": []}, {"assets": {}}, {"assets": {"mask": None}}, {"assets": {"mask": {"href": 5}}}):
+        (folder / "scene_1.json").write_text(json.dumps(manifest | odd))
+        assert segment_scene(job(raster, model, out), workers).state == "done", odd
+        assert files(folder) == good
+
+
+def test_a_manifest_that_cannot_be_written_costs_no_product(
+    tmp_path: Path, raster: Path, model: str, workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    segment_scene(job(raster, model, out), workers)
+    before = files(out / "scene_1")
+    monkeypatch.setattr("segcore.scene.PIXEL_VERSION", float("nan"))
+    monkeypatch.setattr("segcore.scene._versions", lambda: {"odd": float("nan")})
+    with pytest.raises(ValueError, match="JSON compliant"):
+        segment_scene(job(raster, model, out), workers)
+    assert files(out / "scene_1") == before
+    assert (out / "scene_1" / "scene_1.json").exists()
+
+
+def test_two_runs_at_once_label_a_scene_once(tmp_path: Path, raster: Path, model: str) -> None:
+    out = tmp_path / "out"
+    command = [
+        segflow_command(),
+        "run",
+        str(raster),
+        "-m",
+        model,
+        "-o",
+        str(out),
+        "--tile",
+        "40",
+        "--json",
+        "--no-prefect",
+    ]
+    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    ended = [json.loads(run.communicate(timeout=120)[0]) for run in runs]
+    assert [document["exit_code"] for document in ended] == [0, 0]
+    assert sorted(document["scenes"][0]["state"] for document in ended) == ["done", "up to date"]
+
+
+def test_damaged_scratch_is_begun_anew(tmp_path: Path, raster: Path, model: str, workers: Workers) -> None:
+    out = tmp_path / "out"
+    asked = job(raster, model, out, tile=300)
+    root = survey(asked).scratch_root
+    (root / "labels").mkdir(parents=True)
+    (root / "labels" / "zarr.json").write_text("")
+    (root / "scaling.json").write_text("null")
+    assert segment_scene(asked, workers).state == "done"

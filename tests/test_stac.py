@@ -93,7 +93,7 @@ def test_the_identity_follows_what_is_said_and_what_is_there(tmp_path: Path, ban
         ('{"type": "Feature"}', "broken STAC Item|lacks"),
         ('{"type": "Feature", "id": "a", "stac_version": "1.0.0", "geometry": null, "properties": {}, "links": [], '
          '"assets": {"blue": 7}}', "broken STAC Item"),
-        ('{"type": "FeatureCollection", "features": []}', "holds no Item"),
+        ('{"type": "FeatureCollection", "features": []}', "not Items with ids"),
     ],
 )  # fmt: skip
 def test_broken_items_are_refused(tmp_path: Path, text: str, words: str) -> None:
@@ -130,3 +130,61 @@ def test_scenes_are_found_in_every_way(tmp_path: Path, band: Path) -> None:
         (tmp_path / "empty").mkdir(exist_ok=True)
         with pytest.raises(SceneError):
             find_scenes([str(tmp_path / nothing)])
+
+
+def test_pictures_of_a_scene_are_not_taken_for_it(tmp_path: Path, band: Path) -> None:
+    rgb = [{"eo:common_name": name} for name in ("red", "blue")]
+    assets = {
+        "thumbnail": {"href": "gone.tif", "roles": ["thumbnail"], "bands": rgb},
+        "preview": {"href": "gone.png", "type": "image/png", "bands": rgb},
+        "other": {"href": "gone.jp2", "bands": [{"eo:common_name": "blue"}]},
+        "blue": {"href": "bands.tif", "roles": ["data"], "bands": [{"eo:common_name": "blue"}]},
+    }
+    scene = read(item(tmp_path / "item.json", assets), "blue")
+    assert np.array_equal(scene.read(scene.grid.box)[0], VALUES[0])
+
+
+@pytest.mark.parametrize("nodata", ["nan", "inf", "-inf"])
+def test_every_nodata_of_stac_is_understood(tmp_path: Path, band: Path, nodata: str) -> None:
+    scene = read(
+        item(tmp_path / "i.json", {"blue": {"href": "bands.tif", "raster:bands": [{"nodata": nodata}]}}), "blue"
+    )
+    assert np.array_equal(scene.read(scene.grid.box)[0], VALUES[0])
+    json.dumps(scene.identity(), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [{"id": 5}, {"id": None}, {"properties": {"datetime": "0001-01-01T00:00:00+05:00"}}, {"stac_version": 7},
+     {"assets": {"blue": {"href": "bands.tif", "bands": [1]}}},
+     {"assets": {"blue": {"href": "bands.tif", "bands": [{}, {}, {"eo:common_name": "blue"}]}}},
+     {"assets": {"blue": {"href": "bands.tif", "raster:bands": [{"scale": 10**400}]}}}],
+)  # fmt: skip
+def test_items_broken_in_odd_ways_are_refused(tmp_path: Path, band: Path, broken: dict[str, Any]) -> None:
+    assets = broken.pop("assets", {"blue": {"href": "bands.tif"}})
+    with pytest.raises(SceneError):
+        read(item(tmp_path / "item.json", assets, **broken), "blue")
+
+
+def test_lists_that_list_themselves_and_odd_names(tmp_path: Path, band: Path) -> None:
+    (tmp_path / "loop.txt").write_text("loop.txt\n")
+    with pytest.raises(SceneError, match="lists itself"):
+        find_scenes([str(tmp_path / "loop.txt")])
+    with pytest.raises(SceneError, match="check the path"):
+        find_scenes(["x" * 5000])
+    odd = tmp_path / "a#1 ü'%.tif"
+    odd.write_bytes(band.read_bytes())
+    (uri,) = find_scenes([str(odd)])
+    scene = read(uri, "blue", "green")
+    assert scene.name == product_name(uri) == "a_1_ü__"
+    assert product_name("/data/" + "y" * 240 + ".tif").startswith("y" * 100)
+    assert len(product_name("/data/" + "ü" * 240 + ".tif").encode()) <= 180
+
+
+def test_outlines_across_the_antimeridian_have_a_bounding_box(tmp_path: Path) -> None:
+    from segcore.io.stac import manifest_item
+
+    west = [[[-180, 1], [-179, 1], [-179, 2], [-180, 2], [-180, 1]]]
+    east = [[[178, 1], [180, 1], [180, 2], [178, 2], [178, 1]]]
+    geometry = {"type": "MultiPolygon", "coordinates": [west, east]}
+    assert manifest_item("a", geometry, "2020-01-01T00:00:00Z", {}, {})["bbox"] == [178, 1, -179, 2]

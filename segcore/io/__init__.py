@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from segcore.errors import SceneError
-from segcore.io.files import absolute, is_remote, local_path, scene_name
+from segcore.errors import SceneError, one_line
+from segcore.files import absolute, is_remote, local_path, scene_name
 from segcore.io.geotiff import raster_file
 from segcore.io.nifti import Nifti
 from segcore.io.source import Source, Wanted
@@ -15,6 +16,7 @@ from segcore.io.stac import item_ids, item_name, item_scene
 from segcore.spec import Settings
 
 _VOLUMES = (".nii", ".nii.gz")
+_PAIRS = (".hdr", ".img")
 _ITEMS = (".json", ".geojson")
 #: What a folder is searched for; anything else is opened when it is named.
 _IN_FOLDERS = (".tif", ".tiff", ".jp2", ".vrt", *_VOLUMES)
@@ -26,7 +28,8 @@ def open_scene(uri: str, wanted: Wanted, settings: Settings) -> Source:
         raise SceneError(f"{uri}: there is no such file; check the path")
     if _document(uri):
         return item_scene(uri, wanted)
-    if uri.lower().endswith(_VOLUMES):
+    # ENVI rasters have headers of the same suffix as NIfTI's pairs: there the model decides.
+    if uri.lower().endswith(_VOLUMES) or (uri.lower().endswith(_PAIRS) and wanted.axes != "yx"):
         return Nifti(uri, scene_name(uri), wanted)
     if wanted.axes != "yx":
         raise SceneError(f"{uri} is no volume (.nii, .nii.gz), and the model is made for volumes ({wanted.axes})")
@@ -34,8 +37,11 @@ def open_scene(uri: str, wanted: Wanted, settings: Settings) -> Source:
 
 
 def product_name(uri: str) -> str:
-    """What the product of a scene is called; no header is read. Raises SceneError for a broken STAC document."""
-    return item_name(uri) if _document(uri) else scene_name(uri)
+    """What the product of a scene is called; no header is read. A broken STAC document goes by its file's name."""
+    try:
+        return item_name(uri) if _document(uri) else scene_name(uri)
+    except SceneError:
+        return scene_name(uri)
 
 
 def _document(uri: str) -> str | None:
@@ -50,10 +56,17 @@ def find_scenes(arguments: Sequence[str]) -> list[str]:
     An argument is a file, a folder (its rasters and volumes, not those of its folders), a glob, a text file with one
     argument a line, a STAC Item or ItemCollection, or a remote URI. Raises SceneError for one that leads nowhere.
     """
-    return list(dict.fromkeys(uri for argument in arguments for uri in _expand(argument)))
+    found: dict[str, None] = {}
+    for argument in arguments:
+        try:
+            found |= dict.fromkeys(_expand(argument, frozenset()))
+        except (OSError, ValueError) as error:
+            raise SceneError(f"{argument!r}: {one_line(error)}; check the path") from error
+    return list(found)
 
 
-def _expand(argument: str) -> Iterator[str]:
+def _expand(argument: str, lists: frozenset[Path]) -> Iterator[str]:
+    """`lists`: the list files that led here."""
     if is_remote(argument):
         yield argument
         return
@@ -64,24 +77,35 @@ def _expand(argument: str) -> Iterator[str]:
             raise SceneError(f"{argument} is a folder without a scene ({', '.join(_IN_FOLDERS)}); name another one")
         yield from map(absolute, found)
     elif path.suffix.lower() == ".txt" and path.is_file():
-        yield from _listed(path)
+        yield from _listed(path, lists)
     elif path.suffix.lower() in _ITEMS and path.is_file():
-        ids = item_ids(argument) if _document(argument) == argument else None
-        yield from [absolute(argument)] if ids is None else [f"{absolute(argument)}#{item_id}" for item_id in ids]
+        yield from _items(argument)
     elif path.exists():
         yield absolute(argument)
     elif glob.has_magic(argument) and (matches := sorted(glob.glob(argument, recursive=True))):
         for match in matches:
-            yield from _expand(match)
+            yield from _expand(match, lists)
     else:
         raise SceneError(f"{argument}: there is no such file; check the path")
 
 
-def _listed(path: Path) -> Iterator[str]:
+def _items(argument: str) -> Iterator[str]:
+    """A STAC document, or each Item of a collection. A broken one is passed on: it fails as a scene of its own."""
+    ids = None
+    if _document(argument) == argument:
+        with contextlib.suppress(SceneError):
+            ids = item_ids(argument)
+    yield from [absolute(argument)] if ids is None else [f"{absolute(argument)}#{item_id}" for item_id in ids]
+
+
+def _listed(path: Path, lists: frozenset[Path]) -> Iterator[str]:
     """The arguments in a text file, relative to its folder; empty lines and those that begin with # are left out."""
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    if path.resolve() in lists:
+        raise SceneError(f"{path} lists itself; remove that line")
+    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     entries = [line for line in lines if line and not line.startswith("#")]
     if not entries:
         raise SceneError(f"{path} lists no scene; write one path a line")
     for entry in entries:
-        yield from _expand(entry if is_remote(entry) or Path(entry).is_absolute() else str(path.parent / entry))
+        relative = not is_remote(entry) and not Path(entry).is_absolute()
+        yield from _expand(str(path.parent / entry) if relative else entry, lists | {path.resolve()})

@@ -1,4 +1,4 @@
-"""Rasters: any file that GDAL reads in, cloud-optimised GeoTIFF (COG) out. The only home of rasterio.
+"""Rasters: any file that GDAL reads. With `cog`, which writes their products, the only home of rasterio.
 
 A scene may be one file with all its bands, or one file a band, of different resolutions: a `Band` says where each
 channel comes from, and bands on a coarser lattice are interpolated onto the finest one.
@@ -8,43 +8,29 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime as datetime_type
-from functools import partial
 from itertools import groupby
-from math import hypot
+from math import hypot, isfinite
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import numpy as np
 import rasterio
 import rasterio.shutil
 import rasterio.warp
-from numpy.typing import NDArray
-from rasterio._err import CPLE_BaseError
-from rasterio.control import GroundControlPoint
-from rasterio.crs import CRS
 from rasterio.enums import ColorInterp, MaskFlags, Resampling
-from rasterio.errors import RasterioError, RasterioIOError
+from rasterio.errors import RasterioIOError
 from rasterio.io import DatasetReader
-from rasterio.transform import Affine
-from rasterio.windows import Window
 
 from segcore.box import Box
-from segcore.errors import ProductError, SceneError, one_line
+from segcore.errors import SceneError, one_line
+from segcore.files import file_identity, is_remote
 from segcore.grid import Grid, Rescale
-from segcore.io.files import file_identity, is_remote
-from segcore.io.source import Floats, LabelReader, Legend, Source, Wanted
+from segcore.io.cog import GDAL_ERRORS, frame_of, gdal_environment, window_of
+from segcore.io.source import Floats, Source, Wanted
 from segcore.resample import interpolate
-
-#: GDAL's own block cache takes a share of all memory unless it is bounded (bytes).
-GDAL_CACHE = 128 * 2**20
-_BLOCK = 512
-_GDAL_ERRORS = (RasterioError, CPLE_BaseError)
-#: The transform of a raster that has none.
-_NOWHERE = tuple(Affine.identity())[:6]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,113 +45,6 @@ class Band:
     scale: float | None = None
     offset: float | None = None
     nodata: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class GeoFrame:
-    """CRS, transform (six numbers of the affine, row by row), control points and pixel convention of a raster."""
-
-    shape: tuple[int, int]
-    crs: CRS | None
-    transform: tuple[float, ...]
-    gcps: tuple[tuple[float, ...], ...] = ()
-    area_or_point: str | None = None
-    suffix: str = ".tif"
-
-    def write_labels(self, path: Path, labels: LabelReader, legend: Legend) -> list[Path]:
-        """A COG with palette, `mode` overviews and nodata; class names in its tags and in GDAL's sidecar file."""
-        colours = {i: (*rgb, 255) for i, _, rgb in legend.classes} | {legend.nodata: (0, 0, 0, 0)}
-        with self._written(path, 1, "uint8", legend.nodata, overviews="mode", predictor="NO") as to:
-            for box in _file_order(self.shape):
-                to.write(labels.read(box), 1, window=_window(box))
-            to.write_colormap(1, colours)
-            to.set_band_description(1, "class")
-            to.update_tags(1, **{f"CLASS_{i}": name for i, name, _ in legend.classes})
-        sidecar = _sidecar_of(path)
-        _describe_classes(sidecar, legend)
-        return [path, sidecar]
-
-    def write_scores(self, path: Path, labels: LabelReader, legend: Legend) -> list[Path]:
-        count = len(legend.classes)
-        with self._written(path, count, "float32", float("nan"), overviews="average", predictor="YES") as to:
-            for band, (index, name, _) in enumerate(legend.classes, start=1):
-                for box in _file_order(self.shape):
-                    to.write(labels.read_scores(box, index), band, window=_window(box))
-                to.set_band_description(band, name)
-        return [file for file in (path, _sidecar_of(path)) if file.exists()]
-
-    def verify(self, path: Path, labels: LabelReader) -> None:
-        self._compare(path, [(1, labels.read)])
-
-    def verify_scores(self, path: Path, labels: LabelReader, legend: Legend) -> None:
-        bands = enumerate((index for index, _, _ in legend.classes), start=1)
-        self._compare(path, [(band, partial(labels.read_scores, index=index)) for band, index in bands])
-
-    def _compare(self, path: Path, bands: Sequence[tuple[int, Callable[[Box], NDArray[Any]]]]) -> None:
-        try:
-            with _environment(), rasterio.open(path) as written:
-                found = _frame_of(written)
-                if found != self:
-                    raise ProductError(f"{path} does not lie on its scene: {found} should be {self}; report this bug")
-                for band, read in bands:
-                    for box in _file_order(self.shape):
-                        if not np.array_equal(written.read(band, window=_window(box)), read(box), equal_nan=True):
-                            raise ProductError(f"{path} differs from what was written to it in {box}; run again")
-        except _GDAL_ERRORS as error:
-            raise ProductError(f"{path} does not read back ({one_line(error)}): is the disk full? Run again") from error
-
-    def footprint(self) -> dict[str, Any] | None:
-        if self.crs is None or self.transform == _NOWHERE:
-            return None
-        affine, (rows, cols) = Affine(*self.transform), self.shape
-        corners = [affine * corner for corner in ((0, 0), (0, rows), (cols, rows), (cols, 0), (0, 0))]
-        outline = {"type": "Polygon", "coordinates": [corners]}
-        with contextlib.suppress(*_GDAL_ERRORS), _environment():  # not every CRS is of the Earth
-            return dict(rasterio.warp.transform_geom(self.crs, "EPSG:4326", outline, precision=7))
-        return None
-
-    def properties(self) -> dict[str, Any]:
-        if self.crs is None:
-            return {}
-        authority = self.crs.to_authority()
-        found: dict[str, Any] = {"proj:code": ":".join(authority) if authority else None}
-        if authority is None:
-            found["proj:wkt2"] = self.crs.to_wkt(version="WKT2_2019")
-        if self.transform != _NOWHERE:
-            found["proj:transform"] = list(self.transform)
-        return found | {"proj:shape": list(self.shape)}
-
-    @contextlib.contextmanager
-    def _written(
-        self, path: Path, count: int, dtype: str, nodata: float, *, overviews: str, predictor: str
-    ) -> Iterator[Any]:
-        """A plain tiled file to be filled, which is then copied into a COG at `path`. Raises ProductError."""
-        rows, cols = self.shape
-        plain = path.with_name(f"{path.stem}.plain.tif")
-        for leftover in (plain, path, _sidecar_of(plain), _sidecar_of(path)):
-            leftover.unlink(missing_ok=True)  # GDAL would look into what an interrupted run left
-        profile = {"driver": "GTiff", "height": rows, "width": cols, "count": count, "dtype": dtype, "nodata": nodata}
-        layout = {"tiled": True, "blockxsize": _BLOCK, "blockysize": _BLOCK, "compress": "zstd", "zstd_level": 1}
-        georeference: dict[str, Any] = {"crs": self.crs}
-        if self.gcps:
-            georeference["gcps"] = [GroundControlPoint(*point) for point in self.gcps]
-        elif self.transform != _NOWHERE:
-            georeference["transform"] = Affine(*self.transform)
-        cog = {"compress": "DEFLATE", "level": 6, "blocksize": _BLOCK, "bigtiff": "IF_SAFER", "num_threads": 2}
-        cog |= {"overview_resampling": overviews, "predictor": predictor}
-        try:
-            with _environment():
-                with rasterio.open(plain, "w", **profile, **layout, **georeference, BIGTIFF="IF_SAFER") as to:
-                    if self.area_or_point:
-                        to.update_tags(AREA_OR_POINT=self.area_or_point)
-                    yield to
-                rasterio.shutil.copy(plain, path, driver="COG", **cog)
-        except _GDAL_ERRORS as error:
-            raise ProductError(
-                f"cannot write {path}: {one_line(error)}; free some space, run again", retryable=True
-            ) from error
-        for leftover in (plain, _sidecar_of(plain)):
-            leftover.unlink(missing_ok=True)
 
 
 class Raster:
@@ -190,11 +69,15 @@ class Raster:
         self._bands = tuple(bands)
         self._described_by = described_by
         self._local = threading.local()
-        with _environment():
+        with gdal_environment():
             files = {band.uri: self._dataset(band.uri) for band in self._bands}
             finest = min(files.values(), key=lambda file: abs(file.transform.determinant))
             self.grid = Grid("yx", finest.shape)
-            self.frame = _frame_of(finest)
+            self.frame = frame_of(finest)
+            self._files = sorted(set().union(*(_files_behind(uri) for uri in files)))
+            for band in self._bands:
+                if band.index > files[band.uri].count:
+                    raise SceneError(f"{band.uri} has {files[band.uri].count} bands, and band {band.index} is wanted")
             self._placements = {uri: _placement(file, finest) for uri, file in files.items()}
             unit = finest.crs.linear_units_factor[1] if finest.crs and finest.crs.is_projected else None
             t = finest.transform
@@ -216,7 +99,7 @@ class Raster:
         )
 
     def identity(self) -> Mapping[str, Any]:
-        files = {uri: file_identity(uri) for uri in sorted({band.uri for band in self._bands})}
+        files = {uri: file_identity(uri) for uri in self._files}
         bands = [[band.uri, band.index, band.scale, band.offset, str(band.nodata)] for band in self._bands]
         return {"files": files, "bands": bands, **({"item": self._described_by} if self._described_by else {})}
 
@@ -225,7 +108,7 @@ class Raster:
 
     def read(self, box: Box) -> Floats:
         out = np.empty((len(self._bands), *box.shape), np.float32)
-        with _environment():
+        with gdal_environment():
             for uri, positions in self._by_file():
                 placement, bands = self._placements[uri], [self._bands[i] for i in positions]
                 at = placement.inside(box)
@@ -238,7 +121,7 @@ class Raster:
 
     def overview(self, shape: Sequence[int]) -> Floats:
         out = np.empty((len(self._bands), *shape), np.float32)
-        with _environment():
+        with gdal_environment():
             for uri, positions in self._by_file():
                 whole = Box.of(self._dataset(uri).shape)
                 out[positions] = self._values(uri, [self._bands[i] for i in positions], whole, tuple(shape))
@@ -257,17 +140,24 @@ class Raster:
             handles[uri] = open_raster(uri)
         return handles[uri]
 
+    def _alpha(self, uri: str, file: DatasetReader) -> int | None:
+        """Index of the band that masks the others, unless it is one of the channels."""
+        indexes = [i for i, colour in enumerate(file.colorinterp, start=1) if colour == ColorInterp.alpha]
+        used = {band.index for band in self._bands if band.uri == uri}
+        return next((i for i in indexes if i not in used), None)
+
     def _values(self, uri: str, bands: Sequence[Band], at: Box, shape: tuple[int, ...] | None = None) -> Floats:
         """Physical values of a box of one file, (len(bands), *shape), NaN where invalid."""
         file, indexes = self._dataset(uri), [band.index for band in bands]
-        options: dict[str, Any] = {"window": _window(at)}
+        options: dict[str, Any] = {"window": window_of(at)}
         if shape is not None:
             options |= {"resampling": Resampling.nearest}
         single = options | ({"out_shape": shape} if shape is not None else {})
         several = options | ({"out_shape": (len(bands), *shape)} if shape is not None else {})
         try:
             stored = file.read(indexes, **several)
-            out = stored.astype(np.float32)
+            with np.errstate(over="ignore"):  # values beyond float32 become infinite, and so invalid
+                out = stored.astype(np.float32)
             for i, band in enumerate(bands):
                 scale = file.scales[band.index - 1] if band.scale is None else band.scale
                 offset = file.offsets[band.index - 1] if band.offset is None else band.offset
@@ -276,12 +166,12 @@ class Raster:
                     out[i] = wide * scale + offset
                 if band.nodata is not None:
                     out[i][stored[i] == band.nodata] = np.nan
-                if MaskFlags.all_valid not in file.mask_flag_enums[band.index - 1]:
+                flags = set(file.mask_flag_enums[band.index - 1])
+                if not flags & {MaskFlags.all_valid, MaskFlags.alpha}:
                     out[i][file.read_masks(band.index, **single) == 0] = np.nan
             # GDAL lets an alpha band mask the others only where it makes RGBA or grey + alpha; here it always does.
-            if ColorInterp.alpha in file.colorinterp:
-                alpha = file.read(file.colorinterp.index(ColorInterp.alpha) + 1, **single)
-                out[:, alpha == 0] = np.nan
+            if self._alpha(uri, file):
+                out[:, file.read(self._alpha(uri, file), **single) == 0] = np.nan
         except RasterioIOError as error:
             raise SceneError(
                 f"{uri}: cannot read {at} ({one_line(error.__cause__ or error)}); the file is truncated or damaged, "
@@ -296,7 +186,7 @@ def open_raster(uri: str) -> DatasetReader:
     """The dataset. Raises SceneError for what GDAL does not read as a georeferenced image with a real data type."""
     try:
         file = rasterio.open(uri)
-    except RasterioIOError as error:
+    except (*GDAL_ERRORS, UnicodeError) as error:
         raise SceneError(
             f"{uri} is no raster that GDAL can open ({one_line(error)}); check the file with `rio info`"
         ) from error
@@ -320,8 +210,10 @@ def raster_file(
     A file that names no band must have exactly as many as the model has channels; they are then taken in order, with
     a warning.
     """
-    with _environment(), open_raster(uri) as file:
+    with gdal_environment(), open_raster(uri) as file:
         data = [i for i, colour in enumerate(file.colorinterp, start=1) if colour != ColorInterp.alpha]
+        if bands is not None and len(bands) == file.count:
+            data = list(file.indexes)  # GDAL takes the last of four bytes for alpha; whoever names it knows better
         if bands is not None and len(bands) != len(data):
             raise SceneError(f"{uri} has {len(data)} bands, and --bands names {len(bands)}: {', '.join(bands)}")
         colours = (ColorInterp.red, ColorInterp.green, ColorInterp.blue)
@@ -393,7 +285,9 @@ class _Placement:
 
 
 def _placement(file: DatasetReader, finest: DatasetReader) -> _Placement:
-    """Where a file lies on the finest one. Raises SceneError unless its lattice is a whole multiple, edge on edge."""
+    """Where a file lies on the finest one. Raises SceneError unless its pixels are whole multiples of that one's."""
+    if not finest.transform.determinant or not isfinite(finest.transform.determinant):
+        raise SceneError(f"{finest.name} has the transform {tuple(finest.transform)[:6]}, which has no area; repair it")
     if file.crs != finest.crs:
         raise SceneError(
             f"{file.name} is in {file.crs} and {finest.name} in {finest.crs}; bring the bands into one CRS (gdalwarp)"
@@ -424,15 +318,20 @@ def _placement(file: DatasetReader, finest: DatasetReader) -> _Placement:
     return _Placement(covered, part, Rescale(part.shape, covered.shape))
 
 
-def _frame_of(file: DatasetReader) -> GeoFrame:
-    points, points_crs = file.gcps
-    return GeoFrame(
-        shape=file.shape,
-        crs=file.crs or points_crs or None,
-        transform=tuple(file.transform)[:6],
-        gcps=tuple((point.row, point.col, point.x, point.y, point.z or 0.0) for point in points),
-        area_or_point=file.tags().get("AREA_OR_POINT"),
-    )
+def _files_behind(uri: str) -> set[str]:
+    """The files that a dataset is made of: itself, its sidecars and, if it is virtual, what it is made from."""
+    found: set[str] = set()
+    waiting = [uri]
+    while waiting:
+        name = waiting.pop()
+        if name in found:
+            continue
+        found.add(name)
+        with contextlib.suppress(SceneError), open_raster(name) as file:
+            more = [other for other in file.files if other not in found]
+            found.update(other for other in more if not other.lower().endswith(".vrt"))
+            waiting += [other for other in more if other.lower().endswith(".vrt")]
+    return found
 
 
 def _reopen(
@@ -455,52 +354,6 @@ def _acquisition_time(file: DatasetReader) -> str | None:
     with contextlib.suppress(ValueError):
         return datetime_type.fromisoformat(stamp.replace(" ", "T")).strftime("%Y-%m-%dT%H:%M:%SZ")
     return None
-
-
-def _environment() -> rasterio.Env:
-    return rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE // 2**20, GDAL_PAM_ENABLED=True)
-
-
-def _window(box: Box) -> Window:
-    (row, col), (rows, cols) = box.start, box.shape
-    return Window(col, row, cols, rows)
-
-
-def _file_order(shape: tuple[int, int]) -> Iterator[Box]:
-    """Full-width slabs that begin on a row of blocks."""
-    rows, cols = shape
-    step = max(1, 2**23 // (cols * _BLOCK)) * _BLOCK
-    for start in range(0, rows, step):
-        yield Box((start, 0), (min(start + step, rows), cols))
-
-
-def _sidecar_of(path: Path) -> Path:
-    """GDAL's own sidecar file (PAM), which holds what a format cannot."""
-    return path.with_name(f"{path.name}.aux.xml")
-
-
-def _describe_classes(sidecar: Path, legend: Legend) -> None:
-    """Category names and an attribute table, which QGIS and ArcGIS show as a legend; what GDAL has put there stays."""
-    root = ElementTree.parse(sidecar).getroot() if sidecar.exists() else ElementTree.Element("PAMDataset")
-    band = root.find("PAMRasterBand")
-    band = ElementTree.SubElement(root, "PAMRasterBand", band="1") if band is None else band
-    names = ElementTree.SubElement(band, "CategoryNames")
-    by_index = {index: name for index, name, _ in legend.classes}
-    for index in range(max(by_index) + 1):
-        ElementTree.SubElement(names, "Category").text = by_index.get(index, "")
-    table = ElementTree.SubElement(band, "GDALRasterAttributeTable", tableType="thematic")
-    # Types and usages by GDAL's numbers: 0 integer, 2 string; 5 value, 2 name, 6 to 8 red, green, blue.
-    columns = (("Value", 0, 5), ("Class", 2, 2), ("Red", 0, 6), ("Green", 0, 7), ("Blue", 0, 8))
-    for position, (name, kind, usage) in enumerate(columns):
-        field = ElementTree.SubElement(table, "FieldDefn", index=str(position))
-        for key, value in (("Name", name), ("Type", str(kind)), ("Usage", str(usage))):
-            ElementTree.SubElement(field, key).text = value
-    for position, (index, name, rgb) in enumerate(legend.classes):
-        row = ElementTree.SubElement(table, "Row", index=str(position))
-        for cell in (index, name, *rgb):
-            ElementTree.SubElement(row, "F").text = str(cell)
-    ElementTree.indent(root)
-    sidecar.write_bytes(ElementTree.tostring(root, encoding="utf-8") + b"\n")
 
 
 def _conforms(raster: Raster) -> Source:

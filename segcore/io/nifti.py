@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 
 from segcore.box import Box
 from segcore.errors import CardError, ProductError, SceneError, one_line
+from segcore.files import file_identity, is_remote, local_path
 from segcore.grid import Grid
-from segcore.io.files import file_identity, is_remote, local_path
 from segcore.io.source import Floats, LabelReader, Legend, Source, Wanted, sample_positions
 
 #: Millimetres of a unit of space, by its code; unknown ones are taken for millimetres, as everyone does.
@@ -238,7 +238,8 @@ class Nifti:
         return Nifti, (self.uri, self.name, self._wanted, self._staged)
 
     def identity(self) -> Mapping[str, Any]:
-        return {"files": {self.uri: file_identity(self.uri)}}
+        files = {str(holder.filename) for holder in self._image.file_map.values()} if not self._staged else set()
+        return {"files": {uri: file_identity(uri) for uri in sorted(files | {self.uri})}}
 
     def stage(self, folder: Path) -> Nifti:
         """Unpack a `.nii.gz` once: gzip cannot be sought, so every later read would start from its beginning."""

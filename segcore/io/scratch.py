@@ -93,7 +93,7 @@ class Scratch:
         present = self.present()
         damaged = {tile for tile in present if not self._is_whole(tile)}
         for tile in damaged:
-            self.root.joinpath("labels", "c", *map(str, tile)).unlink(missing_ok=True)
+            self.root.joinpath("labels", "c", *map(str, tile)).unlink(missing_ok=True)  # to be made again
         return present - damaged
 
     def _is_whole(self, tile: Index) -> bool:
@@ -103,6 +103,8 @@ class Scratch:
             self.read(Box(start, stop))
             for index in range(self._scores.shape[0] if self._scores is not None else 0):
                 self.read_scores(Box(start, stop), index)
+                if not self.root.joinpath("scores", "c", str(index), *map(str, tile)).is_file():
+                    return False
         except ProductError:
             return False
         return True

@@ -6,36 +6,45 @@ stored numbers become physical ones (`scale`, `offset`, `nodata`).
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from math import isfinite
 from typing import Any
 
 import pystac
 
 from segcore.errors import SceneError, one_line
-from segcore.io.files import absolute, is_remote, local_path, safe_name
+from segcore.files import absolute, is_remote, local_path, safe_name
 from segcore.io.geotiff import Band, Raster
 from segcore.io.source import Wanted
 
 PROJECTION = "https://stac-extensions.github.io/projection/v2.0.0/schema.json"
 FILE = "https://stac-extensions.github.io/file/v2.1.0/schema.json"
+#: How STAC writes the values of nodata that JSON has no number for.
+_NOT_FINITE = ("nan", "inf", "-inf")
 CLASSIFICATION = "https://stac-extensions.github.io/classification/v2.0.0/schema.json"
 
 
 def read_document(uri: str) -> dict[str, Any]:
-    """The JSON object of a file. Raises SceneError."""
+    """The Item or ItemCollection in a file. Raises SceneError."""
     if is_remote(uri):
         raise SceneError(f"{uri}: STAC documents are read from a local or mounted file system; copy it there first")
     try:
-        document = json.loads(local_path(uri).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        document = json.loads(local_path(uri).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise SceneError(f"{uri} is no readable STAC document ({one_line(error)}); check the file") from error
     if not isinstance(document, dict) or document.get("type") not in ("Feature", "FeatureCollection"):
         raise SceneError(
-            f"{uri} is no STAC Item and no ItemCollection: its `type` is neither Feature nor FeatureCollection"
+            f"{uri} is no STAC Item or ItemCollection: its `type` is neither Feature nor FeatureCollection"
         )
+    if document["type"] == "FeatureCollection":
+        features = document.get("features")
+        ids = [f.get("id") for f in features if isinstance(f, dict)] if isinstance(features, list) else []
+        if not ids or len(ids) != len(features or ()) or len(set(map(str, ids))) != len(ids):
+            raise SceneError(f"{uri} is an ItemCollection whose `features` are not Items with ids of their own")
     return document
 
 
@@ -46,11 +55,9 @@ def item_name(uri: str) -> str:
 
 
 def item_ids(uri: str) -> list[str] | None:
-    """The ids of the Items of an ItemCollection, None for a single Item."""
+    """The ids of the Items of an ItemCollection, None for a single Item. Raises SceneError."""
     document = read_document(uri)
-    if document["type"] == "Feature":
-        return None
-    return [str(feature.get("id")) for feature in document.get("features", [])]
+    return None if document["type"] == "Feature" else [str(feature["id"]) for feature in document["features"]]
 
 
 def item_scene(uri: str, wanted: Wanted) -> Raster:
@@ -62,13 +69,16 @@ def item_scene(uri: str, wanted: Wanted) -> Raster:
     path, _, item_id = uri.partition("#")
     document = read_document(path)
     if document["type"] == "FeatureCollection":
-        matching = [feature for feature in document.get("features", []) if str(feature.get("id")) == item_id]
+        matching = [feature for feature in document["features"] if str(feature["id"]) == item_id]
         if not matching:
             raise SceneError(f"{path} holds no Item with the id {item_id!r}")
         document = matching[0]
     try:
+        if not isinstance(document.get("id"), str) or not document["id"]:
+            raise ValueError(f"its id is {document.get('id')!r}")
         item = pystac.Item.from_dict(document, href=absolute(path))
-    except (pystac.STACError, pystac.STACTypeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        when = item.datetime.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ") if item.datetime else None
+    except Exception as error:  # pystac raises whatever it stumbles over
         raise SceneError(
             f"{uri} is a broken STAC Item ({one_line(error)}); validate it with `stac-validator`"
         ) from error
@@ -96,8 +106,8 @@ def item_scene(uri: str, wanted: Wanted) -> Raster:
         safe_name(item.id),
         [named[channel.lower()] for channel in wanted.channels],
         wanted.channels,
-        datetime=item.datetime.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ") if item.datetime else None,
-        described_by={"id": item.id, "assets": used},
+        datetime=when,
+        described_by={"id": item.id, "assets": json.dumps(used, sort_keys=True)},
     )
 
 
@@ -106,6 +116,8 @@ def _asset_bands(key: str, asset: Mapping[str, Any], href: str) -> Iterator[tupl
     lists: list[Sequence[Mapping[str, Any]]] = [
         asset[field] for field in ("bands", "eo:bands", "raster:bands") if isinstance(asset.get(field), list)
     ]
+    if not all(isinstance(entry, dict) for entries in lists for entry in entries):
+        raise SceneError(f"asset {key!r}: its bands are no objects; repair the Item")
     count = max((len(entries) for entries in lists), default=1)
     for position in range(count):
         facts: dict[str, Any] = {}
@@ -118,7 +130,7 @@ def _asset_bands(key: str, asset: Mapping[str, Any], href: str) -> Iterator[tupl
             position + 1,
             _number(facts.get("scale"), key, "scale"),
             _number(facts.get("offset"), key, "offset"),
-            float(nodata) if nodata in ("nan", "inf", "-inf") else _number(nodata, key, "nodata"),
+            float(nodata) if nodata in _NOT_FINITE else _number(nodata, key, "nodata"),
         )
         yield [str(name).lower() for name in names if name], band
 
@@ -131,9 +143,12 @@ def _is_data(asset: pystac.Asset) -> bool:
 
 
 def _number(value: Any, key: str, field: str) -> float | None:
-    if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
-        return value
-    raise SceneError(f"asset {key!r}: {field} {value!r} is no number; repair the Item")
+    if value is None:
+        return None
+    with contextlib.suppress(OverflowError):
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value):
+            return float(value)
+    raise SceneError(f"asset {key!r}: {field} {str(value)[:40]!r} is no number; repair the Item")
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,14 +14,15 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from segcore.errors import CardError, ModelError, PlanError
+from segcore.errors import CardError, ModelError, PlanError, one_line
+from segcore.files import sha256_of
 from segcore.spec import Cost, Sight
 
 _BUILT_IN = Path(__file__).parent / "cards"
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Artifact(_Strict):
@@ -122,6 +123,8 @@ class Card(_Strict):
     @field_validator("classes")
     @classmethod
     def _indices_distinct(cls, classes: tuple[ClassLabel, ...]) -> tuple[ClassLabel, ...]:
+        if len({label.name for label in classes}) != len(classes):
+            raise ValueError("two classes have the same name")
         if [label.index for label in classes] != list(range(len(classes))):
             raise ValueError("classes must be numbered 0, 1, 2, ... in order, as the network's outputs are")
         return classes
@@ -172,13 +175,12 @@ class Model:
     def weights(self) -> tuple[Artifact, Path]:
         """The first artifact and its file, digest checked. Raises CardError, or ModelError without the file."""
         artifact = self.card.artifacts[0]
-        path = self._locate(artifact)
         try:
-            with path.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
+            path = self._locate(artifact)
+            found = sha256_of(path)
+        except (OSError, ValueError) as error:
             raise ModelError(
-                f"model {self.card.name}: {path}: {error.strerror}; install or copy the weights"
+                f"model {self.card.name}: {artifact.path}: {one_line(error)}; install or copy the weights"
             ) from error
         if found != artifact.sha256:
             raise CardError(
@@ -214,8 +216,8 @@ def load_card(reference: str) -> Model:
     folder = _BUILT_IN / reference if reference in built_in_models() else Path(reference).absolute()
     path = folder / "card.json" if folder.name != "card.json" else folder
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
         raise CardError(
             f"{reference!r} is no built-in model ({', '.join(built_in_models())}) and no folder with a card.json"
         ) from error

@@ -11,8 +11,10 @@ from urllib.parse import unquote, urlsplit
 
 from segcore.errors import SceneError
 
+#: Bytes of a product's name; file systems allow 255, and suffixes come behind it.
+LONGEST_NAME = 180
 #: Suffixes of scenes, longest first; a product is called after its scene without them.
-SCENE_SUFFIXES = (".nii.gz", ".nii", ".tiff", ".tif", ".jp2", ".vrt", ".img", ".json", ".geojson")
+SCENE_SUFFIXES = (".nii.gz", ".nii", ".hdr", ".tiff", ".tif", ".jp2", ".vrt", ".img", ".json", ".geojson")
 
 
 def is_remote(uri: str) -> bool:
@@ -42,7 +44,11 @@ def scene_name(uri: str) -> str:
 
 def safe_name(name: str) -> str:
     """The name with everything but letters, digits, `.`, `_` and `-` made a `_`; never hidden, never empty."""
-    return re.sub(r"[^\w.-]", "_", name).lstrip(".") or "scene"
+    safe = re.sub(r"[^\w.-]", "_", name).lstrip(".") or "scene"
+    if len(safe.encode()) <= LONGEST_NAME:
+        return safe
+    digest = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:12]
+    return f"{safe.encode()[: LONGEST_NAME - 13].decode(errors='ignore')}-{digest}"
 
 
 def file_identity(uri: str) -> dict[str, Any]:

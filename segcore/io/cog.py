@@ -1,0 +1,204 @@
+"""Products of rasters: cloud-optimised GeoTIFF (COG), and the frame that places them. Shares rasterio."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import rasterio
+import rasterio.shutil
+import rasterio.warp
+from numpy.typing import NDArray
+from rasterio._err import CPLE_BaseError
+from rasterio.control import GroundControlPoint
+from rasterio.crs import CRS
+from rasterio.errors import RasterioError
+from rasterio.io import DatasetReader
+from rasterio.transform import Affine
+from rasterio.windows import Window
+
+from segcore.box import Box
+from segcore.errors import ProductError, one_line
+from segcore.io.source import Frame, LabelReader, Legend
+
+#: GDAL's own block cache takes a share of all memory unless it is bounded (bytes).
+GDAL_CACHE = 128 * 2**20
+#: All that rasterio raises; the second one is not among its public errors, and comes through all the same.
+GDAL_ERRORS = (RasterioError, CPLE_BaseError)
+_BLOCK = 512
+#: The transform of a raster that has none.
+_NOWHERE = tuple(Affine.identity())[:6]
+
+
+@dataclass(frozen=True, slots=True)
+class GeoFrame:
+    """CRS, transform (six numbers of the affine, row by row), control points and pixel convention of a raster."""
+
+    shape: tuple[int, int]
+    crs: CRS | None
+    transform: tuple[float, ...]
+    gcps: tuple[tuple[float, ...], ...] = ()
+    area_or_point: str | None = None
+    suffix: str = ".tif"
+
+    def write_labels(self, path: Path, labels: LabelReader, legend: Legend) -> list[Path]:
+        """A COG with palette, `mode` overviews and nodata; class names in its tags and in GDAL's sidecar file."""
+        colours = {i: (*rgb, 255) for i, _, rgb in legend.classes} | {legend.nodata: (0, 0, 0, 0)}
+        with self._written(path, 1, "uint8", legend.nodata, overviews="mode", predictor="NO") as to:
+            for box in _file_order(self.shape):
+                to.write(labels.read(box), 1, window=window_of(box))
+            to.write_colormap(1, colours)
+            to.set_band_description(1, "class")
+            to.update_tags(1, **{f"CLASS_{i}": name for i, name, _ in legend.classes})
+        sidecar = _sidecar_of(path)
+        _describe_classes(sidecar, legend)
+        return [path, sidecar]
+
+    def write_scores(self, path: Path, labels: LabelReader, legend: Legend) -> list[Path]:
+        count = len(legend.classes)
+        with self._written(path, count, "float32", float("nan"), overviews="average", predictor="YES") as to:
+            for band, (index, name, _) in enumerate(legend.classes, start=1):
+                for box in _file_order(self.shape):
+                    to.write(labels.read_scores(box, index), band, window=window_of(box))
+                to.set_band_description(band, name)
+        return [file for file in (path, _sidecar_of(path)) if file.exists()]
+
+    def verify(self, path: Path, labels: LabelReader) -> None:
+        self._compare(path, [(1, labels.read)])
+
+    def verify_scores(self, path: Path, labels: LabelReader, legend: Legend) -> None:
+        bands = enumerate((index for index, _, _ in legend.classes), start=1)
+        self._compare(path, [(band, partial(labels.read_scores, index=index)) for band, index in bands])
+
+    def _compare(self, path: Path, bands: Sequence[tuple[int, Callable[[Box], NDArray[Any]]]]) -> None:
+        try:
+            with gdal_environment(), rasterio.open(path) as written:
+                found = frame_of(written)
+                if found != self:
+                    raise ProductError(f"{path} does not lie on its scene: {found} should be {self}; report this bug")
+                for band, read in bands:
+                    for box in _file_order(self.shape):
+                        if not np.array_equal(written.read(band, window=window_of(box)), read(box), equal_nan=True):
+                            raise ProductError(f"{path} differs from what was written to it in {box}; run again")
+        except GDAL_ERRORS as error:
+            raise ProductError(f"{path} does not read back ({one_line(error)}): is the disk full? Run again") from error
+
+    def footprint(self) -> dict[str, Any] | None:
+        if self.crs is None or self.transform == _NOWHERE:
+            return None
+        affine, (rows, cols) = Affine(*self.transform), self.shape
+        corners = [affine * corner for corner in ((0, 0), (0, rows), (cols, rows), (cols, 0), (0, 0))]
+        outline = {"type": "Polygon", "coordinates": [corners]}
+        with contextlib.suppress(*GDAL_ERRORS), gdal_environment():  # not every CRS is of the Earth
+            return dict(rasterio.warp.transform_geom(self.crs, "EPSG:4326", outline, precision=7))
+        return None
+
+    def properties(self) -> dict[str, Any]:
+        if self.crs is None:
+            return {}
+        authority = self.crs.to_authority()
+        found: dict[str, Any] = {"proj:code": ":".join(authority) if authority else None}
+        if authority is None:
+            found["proj:wkt2"] = self.crs.to_wkt(version="WKT2_2019")
+        if self.transform != _NOWHERE:
+            found["proj:transform"] = list(self.transform)
+        return found | {"proj:shape": list(self.shape)}
+
+    @contextlib.contextmanager
+    def _written(
+        self, path: Path, count: int, dtype: str, nodata: float, *, overviews: str, predictor: str
+    ) -> Iterator[Any]:
+        """A plain tiled file to be filled, which is then copied into a COG at `path`. Raises ProductError."""
+        rows, cols = self.shape
+        plain = path.with_name(f"{path.stem}.plain.tif")
+        for leftover in (plain, path, _sidecar_of(plain), _sidecar_of(path)):
+            leftover.unlink(missing_ok=True)  # GDAL would look into what an interrupted run left
+        profile = {"driver": "GTiff", "height": rows, "width": cols, "count": count, "dtype": dtype, "nodata": nodata}
+        layout = {"tiled": True, "blockxsize": _BLOCK, "blockysize": _BLOCK, "compress": "zstd", "zstd_level": 1}
+        georeference: dict[str, Any] = {"crs": self.crs}
+        if self.gcps:
+            georeference["gcps"] = [GroundControlPoint(*point) for point in self.gcps]
+        elif self.transform != _NOWHERE:
+            georeference["transform"] = Affine(*self.transform)
+        cog = {"compress": "DEFLATE", "level": 6, "blocksize": _BLOCK, "bigtiff": "IF_SAFER", "num_threads": 2}
+        cog |= {"overview_resampling": overviews, "predictor": predictor}
+        try:
+            with gdal_environment():
+                with rasterio.open(plain, "w", **profile, **layout, **georeference, BIGTIFF="IF_SAFER") as to:
+                    if self.area_or_point:
+                        to.update_tags(AREA_OR_POINT=self.area_or_point)
+                    yield to
+                rasterio.shutil.copy(plain, path, driver="COG", **cog)
+        except GDAL_ERRORS as error:
+            raise ProductError(
+                f"cannot write {path}: {one_line(error)}; free some space, run again", retryable=True
+            ) from error
+        for leftover in (plain, _sidecar_of(plain)):
+            leftover.unlink(missing_ok=True)
+
+
+def frame_of(file: DatasetReader) -> GeoFrame:
+    points, points_crs = file.gcps
+    return GeoFrame(
+        shape=file.shape,
+        crs=file.crs or points_crs or None,
+        transform=tuple(file.transform)[:6],
+        gcps=tuple((point.row, point.col, point.x, point.y, point.z or 0.0) for point in points),
+        area_or_point=file.tags().get("AREA_OR_POINT"),
+    )
+
+
+def gdal_environment() -> rasterio.Env:
+    return rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE // 2**20, GDAL_PAM_ENABLED=True)
+
+
+def window_of(box: Box) -> Window:
+    (row, col), (rows, cols) = box.start, box.shape
+    return Window(col, row, cols, rows)
+
+
+def _file_order(shape: tuple[int, int]) -> Iterator[Box]:
+    """Full-width slabs that begin on a row of blocks."""
+    rows, cols = shape
+    step = max(1, 2**23 // (cols * _BLOCK)) * _BLOCK
+    for start in range(0, rows, step):
+        yield Box((start, 0), (min(start + step, rows), cols))
+
+
+def _sidecar_of(path: Path) -> Path:
+    """GDAL's own sidecar file (PAM), which holds what a format cannot."""
+    return path.with_name(f"{path.name}.aux.xml")
+
+
+def _describe_classes(sidecar: Path, legend: Legend) -> None:
+    """Category names and an attribute table, which QGIS and ArcGIS show as a legend; what GDAL has put there stays."""
+    root = ElementTree.parse(sidecar).getroot() if sidecar.exists() else ElementTree.Element("PAMDataset")
+    band = root.find("PAMRasterBand")
+    band = ElementTree.SubElement(root, "PAMRasterBand", band="1") if band is None else band
+    names = ElementTree.SubElement(band, "CategoryNames")
+    by_index = {index: name for index, name, _ in legend.classes}
+    for index in range(max(by_index) + 1):
+        ElementTree.SubElement(names, "Category").text = by_index.get(index, "")
+    table = ElementTree.SubElement(band, "GDALRasterAttributeTable", tableType="thematic")
+    # Types and usages by GDAL's numbers: 0 integer, 2 string; 5 value, 2 name, 6 to 8 red, green, blue.
+    columns = (("Value", 0, 5), ("Class", 2, 2), ("Red", 0, 6), ("Green", 0, 7), ("Blue", 0, 8))
+    for position, (name, kind, usage) in enumerate(columns):
+        field = ElementTree.SubElement(table, "FieldDefn", index=str(position))
+        for key, value in (("Name", name), ("Type", str(kind)), ("Usage", str(usage))):
+            ElementTree.SubElement(field, key).text = value
+    for position, (index, name, rgb) in enumerate(legend.classes):
+        row = ElementTree.SubElement(table, "Row", index=str(position))
+        for cell in (index, name, *rgb):
+            ElementTree.SubElement(row, "F").text = str(cell)
+    ElementTree.indent(root)
+    sidecar.write_bytes(ElementTree.tostring(root, encoding="utf-8") + b"\n")
+
+
+def _conforms(frame: GeoFrame) -> Frame:
+    return frame
