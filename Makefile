@@ -24,5 +24,8 @@ check: $(VENV)/.ready  ## lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+benchmark: $(VENV)/.ready  ## time and memory against the models' own programs, as ratios
+	$(BIN)/python tests/benchmarks/peers.py
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info

