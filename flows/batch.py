@@ -123,14 +123,16 @@ def run_batch(jobs: Iterable[Job], label: Callable[[Job], Outcome], ended: Calla
     started, began, run_id = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), time.perf_counter(), uuid.uuid4().hex
     described = {"model": first.model, "out": first.out, "settings": asdict(first.settings), "total": len(jobs)}
 
-    warning: tuple[str, ...] = ()
+    def summary() -> Summary:
+        seconds, finished = time.perf_counter() - began, len(records) == len(jobs)
+        return Summary(run_id, first.out, started, seconds, tuple(records), described, finished)
+
+    warnings = _write_run(summary())  # what an older run said is no longer true
     for job in jobs:
         records.append(_attempt(job, label))
         ended(records[-1])
-        seconds, finished = time.perf_counter() - began, len(records) == len(jobs)
-        summary = Summary(run_id, first.out, started, seconds, tuple(records), described, finished)
-        warning = _write_run(summary)
-    return replace(summary, warnings=warning)
+        warnings = _write_run(summary())
+    return replace(summary(), warnings=warnings)
 
 
 def _attempt(job: Job, label: Callable[[Job], Outcome]) -> SceneRecord:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import warnings
@@ -129,7 +130,10 @@ def plan(
         print(json.dumps(facts, indent=2))
         return
     source, table = prospect.source, Table(show_header=False, box=None)
-    table.add_row("scene", f"{source.name}, {source.grid} pixels, {len(source.channels)} channels")
+    table.add_row(
+        "scene",
+        f"{source.name}, {source.grid} pixels, channels: {', '.join(source.channels)}",
+    )
     table.add_row("mode", _mode_sentence(facts))
     table.add_row("tiles", f"{len(prospect.plan)} with cores of {_times(facts['core'])}")
     table.add_row("work", f"{facts['work']:.2f} times the pixels that the network sees ({_times(facts['canvas'])})")
@@ -176,7 +180,7 @@ def list_models(as_json: AsJson = False) -> None:
     """The built-in models."""
     cards = [load_card(name).card for name in built_in_models()]
     if as_json:
-        print(json.dumps([card.model_dump(mode="json") for card in cards], indent=2))
+        print(json.dumps({"models": [card.model_dump(mode="json") for card in cards]}, indent=2))
         return
     table = Table("model", "classes", "channels", "license", "what it labels", box=None)
     for card in cards:
@@ -289,13 +293,16 @@ def _options(
 def command() -> None:
     """Run the command line: what a user can mend becomes one line and exit code 2, whatever it is."""
     warnings.filterwarnings("ignore", message=".*no geotransform, gcps, or rpcs.*")
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what it would say becomes an error of ours
     try:
-        app()
+        code = app(standalone_mode=False)
     except Exception as error:
         if os.environ.get("SEGFLOW_TRACEBACK"):
             raise
         text = str(error)
-        if not isinstance(error, SegcoreError):
+        if callable(usage := getattr(error, "format_message", None)):  # the command line itself was wrong
+            text = f"{usage()}; see `segflow --help`"
+        elif not isinstance(error, SegcoreError):
             text = (
                 f"unexpected {type(error).__name__}: {one_line(error)}; SEGFLOW_TRACEBACK=1 shows where, please report"
             )
@@ -304,3 +311,4 @@ def command() -> None:
         else:
             print(f"error: {text}", file=sys.stderr)
         sys.exit(NOTHING_RUN)
+    sys.exit(code if isinstance(code, int) else 0)

@@ -188,7 +188,6 @@ def label_tiles(recipe: Recipe, todo: Iterable[Index], workers: Workers) -> Iter
     attempts: Counter[Index] = Counter()
     running: dict[Future, list[Index]] = {}
     ended = as_completed(loop=workers.client.loop)
-    most = workers.threads + 1
 
     def fill() -> None:
         """Submit until enough is under way: what failed before goes first, and alone."""
@@ -198,6 +197,7 @@ def label_tiles(recipe: Recipe, todo: Iterable[Index], workers: Workers) -> Iter
             ended.add(future)
 
     try:
+        most = workers.threads + 1
         fill()
         while running:
             future = next(ended)
@@ -215,11 +215,11 @@ def label_tiles(recipe: Recipe, todo: Iterable[Index], workers: Workers) -> Iter
                 size = min(256, max(1, round(BATCH_SECONDS / max(seconds, 1e-6))))
                 yield from reports
             fill()
-    except SegcoreError:
-        raise
-    except (OSError, RuntimeError, ValueError, CancelledError) as error:  # a client whose scheduler is gone
+    except Exception as error:
+        if isinstance(error, SegcoreError) or workers.client.status == "running":
+            raise
         raise ModelError(
-            f"lost the dask scheduler ({type(error).__name__}: {one_line(error)}); finished tiles are kept: run again",
+            "lost the dask scheduler; finished tiles are kept: start it again, or leave --cluster out, and run again",
             retryable=True,
         ) from error
     finally:

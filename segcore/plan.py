@@ -30,7 +30,7 @@ from segcore.spec import Cost, Mode, Sight, format_bytes
 Index = tuple[int, ...]
 
 #: Bytes of a worker process with its libraries before it holds any tile (measured: rasterio, torch, onnxruntime, dask).
-PROCESS_BYTES = 380 * 2**20
+PROCESS_BYTES = 420 * 2**20
 #: Pixels of a core beyond which a larger one saves little and a lost one costs much.
 LARGEST_CORE = 2**22
 #: Pixels of the network's grid for one of the scene's, beyond which something must be wrong.

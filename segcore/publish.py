@@ -27,6 +27,9 @@ from segcore.io.stac import Asset, manifest_item
 from segcore.model.card import Card
 from segcore.quicklook import View, draw_quicklook, preview_shape
 
+#: What the files of a product are called, behind the name of the scene.
+PARTS = ("mask", "scores", "quicklook")
+
 
 @dataclass(frozen=True, slots=True)
 class ClassShare:
@@ -169,24 +172,17 @@ def _move(files: list[Path], document: Path, manifest: Path) -> None:
     _sync(folder.parent)
     for file in files:
         _sync(file)
-    older = _files_of(read_manifest(manifest))
     manifest.unlink(missing_ok=True)
     _sync(folder)
     for file in files:
         os.replace(file, folder / file.name)
-    for name in older - {file.name for file in files}:
-        (folder / name).unlink(missing_ok=True)
+    made = {file.name for file in files}
+    for file in list(folder.iterdir()):
+        if file.name not in made and file.name.startswith(tuple(f"{manifest.stem}_{part}" for part in PARTS)):
+            file.unlink()
     _sync(folder)
     os.replace(document, manifest)
     _sync(folder)
-
-
-def _files_of(document: Mapping[str, Any] | None) -> set[str]:
-    """Names of the files of a product, none where its manifest is not to be made out."""
-    try:
-        return {Path(asset["href"]).name for asset in document["assets"].values()} if document else set()
-    except (KeyError, TypeError, AttributeError):
-        return set()
 
 
 def _multihash(path: Path) -> str:

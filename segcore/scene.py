@@ -169,9 +169,9 @@ def segment_scene(job: Job, workers: Workers, progress: Progress = lambda *_: No
         except SegcoreError as error:
             # Finished tiles are kept where the scene may still succeed: storage was away, or the disk full.
             if isinstance(error, SceneError) and not error.retryable:
-                shutil.rmtree(prospect.hidden, ignore_errors=True)
+                _empty(prospect.hidden)
             raise
-        shutil.rmtree(prospect.hidden, ignore_errors=True)
+        _empty(prospect.hidden)
     return Outcome(
         "done",
         source.name,
@@ -189,7 +189,12 @@ def segment_scene(job: Job, workers: Workers, progress: Progress = lambda *_: No
 
 def wanted_by(card: Card) -> Wanted:
     """What a card wants to see of a scene."""
-    return Wanted(tuple(channel.name for channel in card.channels), card.axes, card.orientation)
+    return Wanted(
+        tuple(channel.name for channel in card.channels),
+        card.axes,
+        card.orientation,
+        tuple(channel.aliases for channel in card.channels),
+    )
 
 
 def canvas_of(source: Source, card: Card) -> tuple[int, ...]:
@@ -339,10 +344,22 @@ def _lock(folder: Path) -> int | None:
         # Another run may have ended, and removed the folder, since it was opened.
         if os.fstat(descriptor).st_ino == os.stat(folder).st_ino:
             return descriptor
-    except OSError:
+    except (BlockingIOError, FileNotFoundError):
         pass
+    except OSError as error:
+        os.close(descriptor)
+        raise ProductError(f"cannot lock {folder}: {error.strerror or error}; choose another --out") from error
     os.close(descriptor)
     return None
+
+
+def _empty(folder: Path) -> None:
+    """Remove what is in a folder, and not the folder: it is the lock."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _versions() -> dict[str, str]:

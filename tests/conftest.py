@@ -95,36 +95,55 @@ def segflow_command() -> str:
     return str(Path(sys.executable).with_name("segflow"))
 
 
-def save_local_unet(folder: Path, axes: str, channels: tuple[str, ...] = ("value",), width: int = 4) -> Path:
+def save_local_unet(
+    folder: Path,
+    axes: str,
+    channels: tuple[str, ...] = ("value",),
+    width: int = 4,
+    *,
+    poolings: int = 1,
+    convolutions: int = 1,
+    reach: int | None = None,
+) -> Path:
     """A model folder with a real, small, local U-Net in ONNX, of any size of input: weights are random but fixed.
 
-    Convolution, pooling by 2, convolution, upsampling, skip connection, convolution: stride 2 and, as each of the outer
-    convolutions sees 1 pixel, the inner one 2, and pooling and upsampling together 1, a reach of 5 at the most.
+    Its convolutions see 2 x (1 + 2 + 4 + ...) pixels on the way down and up, and 2^poolings at the bottom, each time
+    their number; pooling and upsampling add at most the stride minus one. `reach` overrides that sum in the card.
     """
     dims, rng = len(axes), np.random.default_rng(7)
-    weights: list[onnx.TensorProto] = []
+    weights: list[onnx.TensorProto] = [numpy_helper.from_array(np.array([1, 1] + [2] * dims, np.float32), "scales")]
     nodes: list[onnx.NodeProto] = []
 
-    def convolve(name: str, source: str, inputs: int, outputs: int) -> str:
-        kernel = rng.standard_normal((outputs, inputs, *(3,) * dims)) / np.sqrt(inputs * 3**dims)
-        weights.append(numpy_helper.from_array(kernel.astype(np.float32), f"{name}_w"))
-        nodes.append(helper.make_node("Conv", [source, f"{name}_w"], [name], pads=[1] * (2 * dims)))
-        return name
-
-    def node(kind: str, name: str, *inputs: str, **attributes: Any) -> str:
+    def node(kind: str, *inputs: str, name: str = "", **attributes: Any) -> str:
+        name = name or f"n{len(nodes)}"
         nodes.append(helper.make_node(kind, list(inputs), [name], **attributes))
         return name
 
-    outer = node("Relu", "outer", convolve("c1", "x", len(channels), width))
-    pooled = node("MaxPool", "pooled", outer, kernel_shape=[2] * dims, strides=[2] * dims)
-    inner = node("Relu", "inner", convolve("c2", pooled, width, width))
-    weights.append(numpy_helper.from_array(np.array([1, 1] + [2] * dims, np.float32), "scales"))
-    risen = node(
-        "Resize", "risen", inner, "", "scales", mode="nearest", coordinate_transformation_mode="asymmetric",
-        nearest_mode="floor",
-    )  # fmt: skip
-    joined = node("Concat", "joined", outer, risen, axis=1)
-    convolve("y", joined, 2 * width, 3)
+    def convolve(source: str, inputs: int, outputs: int = width, name: str = "") -> str:
+        kernel = rng.standard_normal((outputs, inputs, *(3,) * dims)) * np.sqrt(2 / (inputs * 3**dims))
+        weights.append(numpy_helper.from_array(kernel.astype(np.float32), f"w{len(nodes)}"))
+        return node("Conv", source, weights[-1].name, name=name, pads=[1] * (2 * dims))
+
+    def level(source: str, inputs: int) -> str:
+        for i in range(convolutions):
+            source = node("Relu", convolve(source, width if i else inputs))
+        return source
+
+    skips, last = [], level("x", len(channels))
+    for _ in range(poolings):
+        skips.append(last)
+        last = level(node("MaxPool", last, kernel_shape=[2] * dims, strides=[2] * dims), width)
+    for depth, skip in reversed(list(enumerate(skips))):
+        risen = node("Resize", last, "", "scales", mode="nearest", coordinate_transformation_mode="asymmetric",
+                     nearest_mode="floor")  # fmt: skip
+        last = node("Concat", skip, risen, axis=1)
+        inputs = 2 * width
+        for i in range(convolutions):
+            final = depth == 0 and i == convolutions - 1
+            last = convolve(last, inputs, 3 if final else width, "y" if final else "")
+            last, inputs = (last if final else node("Relu", last)), width
+    stride = 2**poolings
+    seen = convolutions * (2 * (stride - 1) + stride) + stride - 1 if reach is None else reach
     free = [f"s{i}" for i in range(dims)]
     graph = helper.make_graph(
         nodes,
@@ -142,8 +161,8 @@ def save_local_unet(folder: Path, axes: str, channels: tuple[str, ...] = ("value
         name=folder.name,
         artifacts=[{"format": "onnx", "path": "unet.onnx", "sha256": sha256_of(folder / "unet.onnx")}],
         channels=[{"name": name} for name in channels],
-        stride=[2] * dims,
-        reach=[5] * dims,
+        stride=[stride] * dims,
+        reach=[seen] * dims,
         activation="softmax",
         scaling=[{"step": "standardise"}],
         bytes_per_pixel=200,

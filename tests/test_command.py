@@ -193,7 +193,7 @@ def test_plan_prints_and_touches_nothing(tmp_path: Path, landsat: Path, run_segf
 
 
 def test_models_are_listed_and_inspected(run_segflow: Run) -> None:
-    listed = json.loads(run_segflow("model", "list", "--json").stdout)
+    listed = json.loads(run_segflow("model", "list", "--json").stdout)["models"]
     assert len(listed) == 5
     assert "deepbet" in run_segflow("model", "list").stdout
     shown = json.loads(run_segflow("model", "inspect", "deepbet").stdout)
@@ -243,6 +243,11 @@ def test_json_is_printed_whatever_happens(tmp_path: Path, run_segflow: Run) -> N
     assert json.loads(ended.stdout)["exit_code"] == 2
     assert "no such file" in json.loads(ended.stdout)["error"]
     assert ended.stderr == ""
+    for usage in (["run"], ["run", "x.tif"], ["run", "x.tif", "-m", CLOUDS, "-o", "o", "--tile", "x"], ["nonsense"]):
+        ended = run_segflow(*usage, "--json")
+        assert ended.returncode == 2
+        assert json.loads(ended.stdout)["exit_code"] == 2
+        assert ended.stderr == ""
 
 
 def test_a_broken_document_fails_as_a_scene_among_others(tmp_path: Path, run_segflow: Run) -> None:

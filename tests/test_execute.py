@@ -166,3 +166,21 @@ def test_a_cluster_survives_the_death_of_a_worker(
     assert {report.index for report in reports} == set(there.plan.indices())
     whole = here.source.grid.box
     assert np.array_equal(here.scratch.read(whole), there.scratch.read(whole))
+
+
+@pytest.mark.slow
+def test_a_lost_scheduler_is_said_and_tiles_are_kept(
+    tmp_path: Path, cluster: tuple[str, list[subprocess.Popen[str]]]
+) -> None:
+    address, processes = cluster
+    first, second = recipe(tmp_path, scene(), core=4), recipe(tmp_path, scene())
+    with Workers(address) as remote:
+        tiles = label_tiles(first, first.plan.indices(), remote)
+        next(tiles)
+        processes[0].kill()
+        with pytest.raises(ModelError, match="lost the dask scheduler") as error:
+            list(tiles)
+        assert error.value.retryable
+        with pytest.raises(ModelError, match="lost the dask scheduler"):
+            list(label_tiles(second, second.plan.indices(), remote))
+    assert first.scratch.done()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from segcore.box import Box
 from segcore.errors import PlanError
 from segcore.grid import Grid
-from segcore.plan import Plan, make_plan
+from segcore.plan import PROCESS_BYTES, Plan, make_plan
 from segcore.spec import Cost, Settings, Sight, format_bytes, parse_bytes
 
 COST = Cost(channels=2, classes=3, engine_bytes_per_pixel=100)
@@ -179,7 +179,7 @@ def test_contradicting_windows_are_refused(window: tuple | None, overlap: tuple 
 @given(plans())
 def test_no_tile_needs_much_more_than_the_plan_predicts(plan: Plan) -> None:
     """The prediction is made for one tile; the arrays of every other one must fit, too."""
-    predicted = plan.memory - 380 * 2**20
+    predicted = plan.memory - PROCESS_BYTES
     most = max(plan.tile(index).hull.size + plan.tile(index).read.size for index in list(plan.indices())[:60])
     assert 4 * COST.channels * 2 * most <= 2 * predicted + 4096
 

@@ -311,3 +311,32 @@ def test_damaged_scratch_is_begun_anew(tmp_path: Path, raster: Path, model: str,
     (root / "labels" / "zarr.json").write_text("")
     (root / "scaling.json").write_text("null")
     assert segment_scene(asked, workers).state == "done"
+
+
+@pytest.mark.parametrize(("poolings", "convolutions"), [(1, 1), (1, 3), (2, 1), (2, 2), (3, 2)])
+def test_deeper_networks_leave_no_seam(
+    tmp_path: Path, raster: Path, workers: Workers, poolings: int, convolutions: int
+) -> None:
+    """Scores of small tiles equal those of the whole, and do not where the card counts convolutions only."""
+    shape = {"poolings": poolings, "convolutions": convolutions}
+    stride = 2**poolings
+    bare = convolutions * (2 * (stride - 1) + stride)
+    scores = {}
+    for name, reach, tile in (("whole", None, None), ("tiled", None, 48), ("short", bare - stride, 48)):
+        folder = save_local_unet(tmp_path / f"unet-{name}", "yx", ("red", "nir"), reach=reach, **shape)
+        out = tmp_path / name
+        segment_scene(job(raster, str(folder), out, tile=tile, scores=True), workers)
+        with rasterio.open(out / "scene_1" / "scene_1_scores.tif") as file:
+            scores[name] = np.nan_to_num(file.read())
+    assert np.array_equal(scores["whole"], scores["tiled"])
+    assert not np.array_equal(scores["whole"], scores["short"])
+
+
+def test_files_of_an_older_product_go_even_after_a_kill_in_the_commit(
+    tmp_path: Path, raster: Path, model: str, workers: Workers
+) -> None:
+    out = tmp_path / "out"
+    segment_scene(job(raster, model, out, scores=True), workers)
+    (out / "scene_1" / "scene_1.json").unlink()  # as a kill leaves it, just after the commit has begun
+    segment_scene(job(raster, model, out), workers)
+    assert not (out / "scene_1" / "scene_1_scores.tif").exists()

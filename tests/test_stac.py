@@ -188,3 +188,20 @@ def test_outlines_across_the_antimeridian_have_a_bounding_box(tmp_path: Path) ->
     east = [[[178, 1], [180, 1], [180, 2], [178, 2], [178, 1]]]
     geometry = {"type": "MultiPolygon", "coordinates": [west, east]}
     assert manifest_item("a", geometry, "2020-01-01T00:00:00Z", {}, {})["bbox"] == [178, 1, -179, 2]
+
+
+def test_the_strongest_name_wins(tmp_path: Path, band: Path) -> None:
+    """A common name before a name, a band of its own before one of a picture, and at last an alias."""
+    assets = {
+        "a_visual": {
+            "href": "gone.tif",
+            "roles": ["data"],
+            "bands": [{"eo:common_name": n} for n in ("red", "nir", "x")],
+        },
+        "named": {"href": "gone.tif", "roles": ["data"], "bands": [{"name": "nir", "eo:common_name": "nir09"}]},
+        "B05": {"href": "bands.tif", "roles": ["data"], "bands": [{"name": "OLI_B5", "eo:common_name": "nir"}]},
+        "B06": {"href": "bands.tif", "roles": ["data"], "bands": [{"name": "OLI_B6", "eo:common_name": "swir08"}]},
+    }
+    path = item(tmp_path / "item.json", assets)
+    scene = open_scene(str(path), Wanted(("nir", "swir"), "yx", None, ((), ("swir08",))), Settings())
+    assert np.array_equal(scene.read(scene.grid.box), VALUES[[0, 0]])

@@ -28,7 +28,7 @@ from segcore.errors import ProductError, one_line
 from segcore.io.source import Frame, LabelReader, Legend
 
 #: GDAL's own block cache takes a share of all memory unless it is bounded (bytes).
-GDAL_CACHE = 128 * 2**20
+GDAL_CACHE = 64 * 2**20
 #: All that rasterio raises; the second one is not among its public errors, and comes through all the same.
 GDAL_ERRORS = (RasterioError, CPLE_BaseError)
 _BLOCK = 512
@@ -137,7 +137,7 @@ class GeoFrame:
                 rasterio.shutil.copy(plain, path, driver="COG", **cog)
         except GDAL_ERRORS as error:
             raise ProductError(
-                f"cannot write {path}: {one_line(error)}; free some space, run again", retryable=True
+                f"cannot write {path}: {one_line(error.__cause__ or error)}; free some space, run again", retryable=True
             ) from error
         for leftover in (plain, _sidecar_of(plain)):
             leftover.unlink(missing_ok=True)

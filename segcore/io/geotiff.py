@@ -225,14 +225,12 @@ def raster_file(
             if found:
                 names.setdefault(found.strip().lower(), index)
     warnings = []
-    missing = [channel for channel in wanted.channels if channel.lower() not in names]
-    if not missing:
-        indexes = [names[channel.lower()] for channel in wanted.channels]
-    elif not names and len(data) == len(wanted.channels):
+    indexes, missing = wanted.pick(names)
+    if missing and not names and len(data) == len(wanted.channels):
         indexes = data
         if len(data) > 1:
             warnings.append(f"the bands have no names; taken in order as {', '.join(wanted.channels)}")
-    else:
+    elif missing:
         has = f"{len(data)} bands ({', '.join(names) if names else 'without names'})"
         raise SceneError(
             f"{uri} has {has} and lacks {', '.join(missing)}, which the model wants; name the bands in file order "

@@ -51,7 +51,9 @@ class Scratch:
             if not _opens(root / "labels"):
                 _create(root / "labels", grid.shape, core, "uint8", nodata)
         except OSError as error:
-            raise ProductError(f"cannot write to {root}: {error.strerror or error}", retryable=True) from error
+            raise ProductError(
+                f"cannot write to {root}: {error.strerror or error}; free some space, run again", retryable=True
+            ) from error
         return cls(root)
 
     def __reduce__(self) -> tuple[object, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,15 +15,31 @@ from segcore.grid import Grid
 
 Floats = NDArray[np.float32]
 Labels = NDArray[np.uint8]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a model wants to see: channel names in order, axes in array order, and an orientation code or None."""
+    """What a model wants to see: channel names in order, axes in array order, and an orientation code or None.
+
+    `aliases`: for each channel, other names that will do; none at all where the tuple is empty.
+    """
 
     channels: tuple[str, ...]
     axes: str
     orientation: str | None = None
+    aliases: tuple[tuple[str, ...], ...] = ()
+
+    def pick(self, named: Mapping[str, T]) -> tuple[list[T], list[str]]:
+        """What each channel is called by, of things under lower-case names; and the channels that nothing fits."""
+        picked, missing = [], []
+        for channel, aliases in zip(self.channels, self.aliases or ((),) * len(self.channels), strict=True):
+            name = next((n for n in map(str.lower, (channel, *aliases)) if n in named), None)
+            if name is None:
+                missing.append(channel)
+            else:
+                picked.append(named[name])
+        return picked, missing
 
 
 @dataclass(frozen=True, slots=True)

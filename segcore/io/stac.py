@@ -82,37 +82,47 @@ def item_scene(uri: str, wanted: Wanted) -> Raster:
         raise SceneError(
             f"{uri} is a broken STAC Item ({one_line(error)}); validate it with `stac-validator`"
         ) from error
-    named: dict[str, Band] = {}
-    # An asset that is called as the channel is comes first, then those that say that they are data.
-    wanted_keys = {channel.lower() for channel in wanted.channels}
-    ranked = sorted(
-        (pair for pair in item.assets.items() if _is_data(pair[1])),
-        key=lambda pair: (pair[0].lower() not in wanted_keys, "data" not in (pair[1].roles or ())),
-    )
-    for key, asset in ranked:
-        href = asset.get_absolute_href() or asset.href
-        for names, band in _asset_bands(key, asset.to_dict(), href):
-            for name in names:
-                named.setdefault(name, band)
-    missing = [channel for channel in wanted.channels if channel.lower() not in named]
+    bands, missing = wanted.pick(_named_bands(item, {channel.lower() for channel in wanted.channels}))
     if missing:
+        names = ", ".join(sorted(_named_bands(item, set()))) or "nothing"
         raise SceneError(
-            f"{uri} has assets for {', '.join(sorted(named)) or 'nothing'} and lacks {', '.join(missing)}, which the "
-            f"model wants; give its assets a `common_name`, or take a model that needs fewer"
+            f"{uri} has assets for {names} and lacks {', '.join(missing)}, which the model wants; give its assets a "
+            f"`common_name`, or take a model that needs fewer"
         )
     used = {key: document["assets"].get(key) for key in sorted(document.get("assets", {}))}
     return Raster(
         uri,
         safe_name(item.id),
-        [named[channel.lower()] for channel in wanted.channels],
+        bands,
         wanted.channels,
         datetime=when,
         described_by={"id": item.id, "assets": json.dumps(used, sort_keys=True)},
     )
 
 
+def _named_bands(item: pystac.Item, wanted: set[str]) -> dict[str, Band]:
+    """The bands of an Item by every name that they go by, in lower case.
+
+    Where several go by one name, a common name is stronger than a name, and that than the key of an asset; then
+    comes the asset that is called like a channel, the one that says that it is data, and the one with fewest bands
+    (pictures of a scene have three).
+    """
+    found: list[tuple[tuple[Any, ...], str, Band]] = []
+    for key, asset in item.assets.items():
+        if not _is_data(asset):
+            continue
+        bands = list(_asset_bands(key, asset.to_dict(), asset.get_absolute_href() or asset.href))
+        rank = key.lower() not in wanted, "data" not in (asset.roles or ()), len(bands)
+        for names, band in bands:
+            found += [((strength, *rank), name.lower(), band) for strength, name in enumerate(names) if name]
+    named: dict[str, Band] = {}
+    for _, name, band in sorted(found, key=lambda entry: entry[0]):
+        named.setdefault(name, band)
+    return named
+
+
 def _asset_bands(key: str, asset: Mapping[str, Any], href: str) -> Iterator[tuple[list[str], Band]]:
-    """The bands of an asset and the names that each goes by, common name first."""
+    """The bands of an asset, each with its common name, its name and the asset's key; empty where it has none."""
     lists: list[Sequence[Mapping[str, Any]]] = [
         asset[field] for field in ("bands", "eo:bands", "raster:bands") if isinstance(asset.get(field), list)
     ]
@@ -123,7 +133,7 @@ def _asset_bands(key: str, asset: Mapping[str, Any], href: str) -> Iterator[tupl
         facts: dict[str, Any] = {}
         for source in (asset, *(entries[position] for entries in lists if position < len(entries))):
             facts |= {field.removeprefix("eo:").removeprefix("raster:"): value for field, value in source.items()}
-        names = [facts.get("common_name"), facts.get("name"), key if count == 1 else None]
+        names = [str(facts.get("common_name") or ""), str(facts.get("name") or ""), key if count == 1 else ""]
         nodata = facts.get("nodata")
         band = Band(
             absolute(href),
@@ -132,7 +142,7 @@ def _asset_bands(key: str, asset: Mapping[str, Any], href: str) -> Iterator[tupl
             _number(facts.get("offset"), key, "offset"),
             float(nodata) if nodata in _NOT_FINITE else _number(nodata, key, "nodata"),
         )
-        yield [str(name).lower() for name in names if name], band
+        yield names, band
 
 
 def _is_data(asset: pystac.Asset) -> bool:

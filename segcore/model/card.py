@@ -34,9 +34,14 @@ class Artifact(_Strict):
 
 
 class Channel(_Strict):
-    """An input channel. `valid_range`: where the median of a sensible scene lies, in the units before scaling."""
+    """An input channel.
+
+    `aliases`: other names that will do where none has this one. `valid_range`: where the median of a sensible scene
+    lies, in the units before scaling.
+    """
 
     name: Annotated[str, Field(min_length=1)]
+    aliases: tuple[str, ...] = ()
     units: str | None = None
     valid_range: tuple[float, float] | None = None
 
