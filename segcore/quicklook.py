@@ -44,7 +44,8 @@ def draw_quicklook(path: Path, view: View, legend: Legend, fractions: Mapping[in
     colours = np.zeros((256, 3), np.uint8)
     for index, _, rgb in legend.classes:
         colours[index] = rgb
-    rows = [_slice_row(view, colours, legend, axis) for axis in _cuts(view)]
+    stretch = _Stretch.of(view)
+    rows = [_slice_row(view, stretch, colours, legend, axis) for axis in _cuts(view)]
     picture = _compose(rows, view, legend, fractions)
     try:
         picture.save(path, optimize=True)
@@ -80,7 +81,7 @@ def _cuts(view: View) -> list[int | None]:
     return [None] if len(view.axes) == 2 else [view.axes.index(letter) for letter in "zyx"]
 
 
-def _slice_row(view: View, colours: Pixels, legend: Legend, axis: int | None) -> list[Image.Image]:
+def _slice_row(view: View, stretch: _Stretch, colours: Pixels, legend: Legend, axis: int | None) -> list[Image.Image]:
     """The image and the image under its mask, across one axis; the vertical axis of a volume points up."""
     image, labels, spacing = view.image, view.labels, view.spacing
     if axis is not None:
@@ -91,7 +92,7 @@ def _slice_row(view: View, colours: Pixels, legend: Legend, axis: int | None) ->
         order = [sorted(shown).index(i) for i in shown]
         image, labels = image.transpose(0, *(o + 1 for o in order))[:, ::-1], labels.transpose(order)[::-1]
         spacing = tuple(spacing[i] for i in shown)
-    base = _as_rgb(image, view)
+    base = stretch(image)
     over = _overlay(base, labels, colours, legend)
     return [_fit(base, spacing), _fit(over, spacing)]
 
@@ -103,23 +104,35 @@ def _busiest(labels: Labels, axis: int, legend: Legend) -> int:
     return int(np.argmax(counts)) if counts.any() else labels.shape[axis] // 2
 
 
-def _as_rgb(image: Floats, view: View) -> Pixels:
-    """Eight-bit colours, each channel stretched between its 2nd and 98th percentile; invalid pixels are grey."""
-    names = [name.lower() for name in view.channels]
-    if all(colour in names for colour in ("red", "green", "blue")):
-        chosen = [names.index(colour) for colour in ("red", "green", "blue")]
-    else:
-        chosen = [0, 1, 2] if len(names) >= 3 else [0, 0, 0]
-    out = np.empty((*image.shape[1:], 3), np.uint8)
-    invalid = np.isnan(image).any(axis=0)
-    for place, channel in enumerate(chosen):
-        shown, whole = image[channel], view.image[channel]
-        valid = whole[~np.isnan(whole)]
-        low, high = np.percentile(valid, [2, 98]) if valid.size else (0.0, 1.0)
-        stretched = (np.nan_to_num(shown, nan=low) - low) / max(high - low, 1e-12)
-        out[..., place] = np.clip(stretched, 0, 1) ** 0.8 * 255
-    out[invalid] = (200, 200, 200)
-    return out
+@dataclass(frozen=True, slots=True)
+class _Stretch:
+    """Which channels are shown as red, green and blue, each from its 2nd to its 98th percentile."""
+
+    channels: tuple[int, int, int]
+    limits: dict[int, tuple[float, float]]
+
+    @classmethod
+    def of(cls, view: View) -> _Stretch:
+        names = [name.lower() for name in view.channels]
+        channels = (0, 1, 2) if len(names) >= 3 else (0, 0, 0)
+        if {"red", "green", "blue"} <= set(names):
+            channels = (names.index("red"), names.index("green"), names.index("blue"))
+        limits = {}
+        for channel in set(channels):
+            valid = view.image[channel][~np.isnan(view.image[channel])]
+            low, high = np.percentile(valid, [2, 98]) if valid.size else (0.0, 1.0)
+            limits[channel] = float(low), float(high)
+        return cls(channels, limits)
+
+    def __call__(self, image: Floats) -> Pixels:
+        """Eight-bit colours (rows, cols, 3) of an image (C, rows, cols); invalid pixels are grey."""
+        out = np.empty((*image.shape[1:], 3), np.uint8)
+        for place, channel in enumerate(self.channels):
+            low, high = self.limits[channel]
+            stretched = (np.nan_to_num(image[channel], nan=low) - low) / max(high - low, 1e-12)
+            out[..., place] = np.clip(stretched, 0, 1) ** 0.8 * 255
+        out[np.isnan(image).any(axis=0)] = (200, 200, 200)
+        return out
 
 
 def _overlay(base: Pixels, labels: Labels, colours: Pixels, legend: Legend) -> Pixels:

@@ -26,13 +26,13 @@ def open_scene(uri: str, wanted: Wanted, settings: Settings) -> Source:
     """The scene behind a URI, as the model wants to see it; headers only are read. Raises SceneError."""
     if not is_remote(uri) and not local_path(_document(uri) or uri).exists():
         raise SceneError(f"{uri}: there is no such file; check the path")
-    if _document(uri):
-        return item_scene(uri, wanted)
     # ENVI rasters have headers of the same suffix as NIfTI's pairs: there the model decides.
     if uri.lower().endswith(_VOLUMES) or (uri.lower().endswith(_PAIRS) and wanted.axes != "yx"):
         return Nifti(uri, scene_name(uri), wanted)
     if wanted.axes != "yx":
         raise SceneError(f"{uri} is no volume (.nii, .nii.gz), and the model is made for volumes ({wanted.axes})")
+    if _document(uri):
+        return item_scene(uri, wanted)
     return raster_file(uri, scene_name(uri), wanted, settings.bands, settings.scale, settings.offset)
 
 
