@@ -120,7 +120,7 @@ def _window_scores(image: Floats, tile: Tile, card: Card, device: _Device) -> It
     for first in range(0, len(windows), device.batch):
         group = windows[first : first + device.batch]
         # A device may choose its arithmetic by the size of the batch: of several windows, all batches are full.
-        size = min(device.batch, len(windows)) if len(windows) == 1 else device.batch
+        size = 1 if len(windows) == 1 else device.batch
         batch = np.stack([image[(slice(None), *window.slices(origin))] for window in (group * size)[:size]])
         raw = device(np.ascontiguousarray(batch, dtype=np.float32))
         wanted = (size, len(card.classes), *group[0].shape)
