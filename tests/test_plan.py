@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from segcore.box import Box
 from segcore.errors import PlanError
 from segcore.grid import Grid
-from segcore.plan import PROCESS_BYTES, Plan, make_plan
+from segcore.plan import LARGEST_GROWTH, PROCESS_BYTES, Plan, make_plan
 from segcore.spec import Cost, Settings, Sight, format_bytes, parse_bytes
 
 COST = Cost(channels=2, classes=3, engine_bytes_per_pixel=100)
@@ -25,6 +25,7 @@ def plans(draw: st.DrawFn, mode: str | None = None) -> Plan:
     lattice = shape if draw(st.booleans()) else each(1, 60)
     if np.prod(lattice) < np.prod(stride):
         lattice = tuple(max(n, s) for n, s in zip(lattice, stride, strict=True))
+    assume(np.prod(lattice) <= LARGEST_GROWTH * np.prod(shape))
     mode = mode or draw(st.sampled_from(["exact", "blend"]))
     if mode == "exact":
         sight = Sight(stride, each(0, 9))
