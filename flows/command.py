@@ -21,7 +21,7 @@ from flows.batch import NOTHING_RUN, Summary, find_jobs, run_batch
 from flows.console import Reporter, reporting
 from segcore.errors import PlanError, SegcoreError, one_line
 from segcore.model.card import built_in_models, load_card
-from segcore.spec import Job, Settings, format_bytes, parse_bytes
+from segcore.spec import Job, Settings, format_bytes, parse_bytes, times
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -135,8 +135,8 @@ def plan(
         f"{source.name}, {source.grid} pixels, channels: {', '.join(source.channels)}",
     )
     table.add_row("mode", _mode_sentence(facts))
-    table.add_row("tiles", f"{len(prospect.plan)} with cores of {_times(facts['core'])}")
-    table.add_row("work", f"{facts['work']:.2f} times the pixels that the network sees ({_times(facts['canvas'])})")
+    table.add_row("tiles", f"{len(prospect.plan)} with cores of {times(facts['core'])}")
+    table.add_row("work", f"{facts['work']:.2f} times the pixels that the network sees ({times(facts['canvas'])})")
     table.add_row("memory", f"{format_bytes(facts['predicted_memory_bytes'])} at the peak (predicted)")
     for warning in prospect.source.warnings:
         table.add_row("warning", warning)
@@ -268,12 +268,8 @@ def _settings(
 
 def _mode_sentence(facts: dict[str, Any]) -> str:
     if facts["mode"] == "exact":
-        return f"exact, halo {_times(facts['halo'])} pixels"
-    return f"blend, windows of {_times(facts['window'])} every {_times(facts['step'])} pixels"
-
-
-def _times(numbers: list[int]) -> str:
-    return " x ".join(map(str, numbers))
+        return f"exact, halo {times(facts['halo'])} pixels"
+    return f"blend, windows of {times(facts['window'])} every {times(facts['step'])} pixels"
 
 
 def _version(value: bool) -> None:

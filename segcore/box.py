@@ -30,6 +30,12 @@ class Box:
         """The box of this shape (pixels per axis) at the origin."""
         return cls((0,) * len(shape), tuple(shape))
 
+    @classmethod
+    def cell(cls, index: Sequence[int], size: Sequence[int], shape: Sequence[int]) -> Self:
+        """The cell of this index where a grid of `shape` is cut into cells of `size`; the last ones may be shorter."""
+        start = tuple(i * s for i, s in zip(index, size, strict=True))
+        return cls(start, tuple(min(a + s, n) for a, s, n in zip(start, size, shape, strict=True)))
+
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(b - a for a, b in zip(self.start, self.stop, strict=True))
@@ -64,6 +70,13 @@ class Box:
         return Box(
             tuple(a - m for a, m in zip(self.start, margin, strict=True)),
             tuple(b + m for b, m in zip(self.stop, margin, strict=True)),
+        )
+
+    def shift(self, offset: Sequence[int]) -> Box:
+        """The box moved by `offset` (pixels per axis)."""
+        return Box(
+            tuple(a + o for a, o in zip(self.start, offset, strict=True)),
+            tuple(b + o for b, o in zip(self.stop, offset, strict=True)),
         )
 
     def snap(self, stride: Sequence[int]) -> Box:

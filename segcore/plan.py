@@ -25,7 +25,7 @@ from typing import Literal
 from segcore.box import Box
 from segcore.errors import PlanError
 from segcore.grid import Grid, Rescale, mirrored
-from segcore.spec import Cost, Mode, Sight, format_bytes
+from segcore.spec import Cost, Mode, Sight, format_bytes, times
 
 Index = tuple[int, ...]
 
@@ -108,21 +108,23 @@ class Plan:
 
     def core_box(self, index: Index) -> Box:
         """The core of a tile; the last one of an axis ends at the edge of the scene."""
-        start = tuple(i * c for i, c in zip(index, self.core, strict=True))
-        stop = tuple(min(a + c, n) for a, c, n in zip(start, self.core, self.grid.shape, strict=True))
-        return Box(start, stop)
+        return Box.cell(index, self.core, self.grid.shape)
 
     def tile(self, index: Index) -> Tile:
         """The tile of this index. Raises IndexError outside the plan."""
         if not all(0 <= i < n for i, n in zip(index, self.counts, strict=True)):
             raise IndexError(f"tile {index} is outside a plan of {self.counts} tiles")
         core = self.core_box(index)
-        target = self.rescale.inverse().support(core)
+        target = self._target(core)
         if self.mode == "exact":
             windows: tuple[Box, ...] = (self._exact_window(target),)
         else:
             windows = tuple(map(self._window, product(*self._window_ranges(target))))
         return Tile(index, core, self._read(windows[0] | windows[-1]), target, windows)
+
+    def _target(self, core: Box) -> Box:
+        """Where scores are needed to label this core, on the network's grid."""
+        return self.rescale.inverse().support(core)
 
     def _read(self, hull: Box) -> Box:
         """What windows within this hull are made of, on the scene's grid."""
@@ -158,28 +160,22 @@ class Plan:
     @property
     def work(self) -> float:
         """Pixels that the network computes, relative to the scene's (1.00: not one of them twice)."""
-        if self.mode == "blend":
-            # Windows of an axis do not depend on the other axes: count them per axis, not per tile.
-            per_axis = [self._windows_along(axis) for axis in range(len(self.core))]
-            assert self.sight.window is not None
-            return prod(per_axis) * prod(self.sight.window) / prod(self.canvas)
-        lengths = []
-        for axis, count in enumerate(self.counts):
-            index = [0] * len(self.core)
-            total = 0
-            for i in range(count):
-                index[axis] = i
-                total += self._exact_window(self.rescale.inverse().support(self.core_box(tuple(index)))).shape[axis]
-            lengths.append(total)
-        return prod(lengths) / prod(self.canvas)
+        # What is computed along one axis does not depend on the others: it is added up per axis, not per tile.
+        if self.mode == "exact":
+            lengths = [sum(self._exact_window(t).shape[axis] for t in self._along(axis)) for axis in self._axes]
+            return prod(lengths) / prod(self.canvas)
+        assert self.sight.window is not None
+        counts = [sum(len(self._window_ranges(t)[axis]) for t in self._along(axis)) for axis in self._axes]
+        return prod(counts) * prod(self.sight.window) / prod(self.canvas)
 
-    def _windows_along(self, axis: int) -> int:
-        total = 0
-        index = [0] * len(self.core)
+    @property
+    def _axes(self) -> range:
+        return range(len(self.core))
+
+    def _along(self, axis: int) -> Iterator[Box]:
+        """The targets of the tiles along one axis, at the beginning of the others."""
         for i in range(self.counts[axis]):
-            index[axis] = i
-            total += len(self._window_ranges(self.rescale.inverse().support(self.core_box(tuple(index))))[axis])
-        return total
+            yield self._target(self.core_box(tuple(i if a == axis else 0 for a in self._axes)))
 
 
 def make_plan(
@@ -200,13 +196,13 @@ def make_plan(
     chosen = _choose_mode(sight, mode)
     if prod(canvas) < prod(sight.stride):
         raise PlanError(
-            f"a scene of {_times(canvas)} pixels, as the network sees it, is smaller than one cell of the network's "
-            f"coarsest level ({_times(sight.stride)}): there is nothing to see but padding; label it together with its "
+            f"a scene of {times(canvas)} pixels, as the network sees it, is smaller than one cell of the network's "
+            f"coarsest level ({times(sight.stride)}): there is nothing to see but padding; label it together with its "
             f"surroundings"
         )
     if prod(canvas) > LARGEST_GROWTH * grid.size:
         raise PlanError(
-            f"the model's spacing would make {_times(canvas)} pixels of a scene of {grid}, more than {LARGEST_GROWTH} "
+            f"the model's spacing would make {times(canvas)} pixels of a scene of {grid}, more than {LARGEST_GROWTH} "
             f"for each; check the units of the scene's spacing and of the card's"
         )
     whole_only = chosen == "exact" and not sight.local
@@ -218,7 +214,7 @@ def make_plan(
     if whole_only:
         if core is not None and any(n > c for n, c in zip(grid.shape, core, strict=True)):
             raise PlanError(
-                f"tiles of {_times(core)} would cut a scene of {grid} pixels, but this network is not local and has no "
+                f"tiles of {times(core)} would cut a scene of {grid} pixels, but this network is not local and has no "
                 f"window: it needs the whole scene at once; leave --tile out"
             )
         plan = plan_of(grid.shape)
@@ -233,7 +229,7 @@ def make_plan(
         plan = plan_of(tuple(min(n, c) for n, c in zip(grid.shape, core, strict=True)))
         if plan.memory > memory:
             raise PlanError(
-                f"tiles of {_times(plan.core)} pixels x {cost.channels} channels need {format_bytes(plan.memory)} of "
+                f"tiles of {times(plan.core)} pixels x {cost.channels} channels need {format_bytes(plan.memory)} of "
                 f"the {format_bytes(memory)} budget; use --memory {_round_up(plan.memory)} or a smaller --tile"
             )
         return plan
@@ -242,7 +238,7 @@ def make_plan(
         if plan.memory <= memory:
             return plan
     raise PlanError(
-        f"even tiles of {_times(plan.core)} pixels x {cost.channels} channels need "
+        f"even tiles of {times(plan.core)} pixels x {cost.channels} channels need "
         f"{format_bytes(plan.memory)} of the {format_bytes(memory)} budget; use --memory {_round_up(plan.memory)}"
     )
 
@@ -252,7 +248,7 @@ def _choose_mode(sight: Sight, mode: Mode) -> Literal["exact", "blend"]:
         if sight.fixed:
             raise PlanError(
                 f"--mode exact needs a network that takes any size, and this one only takes "
-                f"{_times(sight.window or ())}; use --mode blend"
+                f"{times(sight.window or ())}; use --mode blend"
             )
         if not sight.local and sight.window is not None:
             raise PlanError(
@@ -292,7 +288,7 @@ def _predict_memory(plan: Plan, cost: Cost) -> int:
     """
     # A tile in the middle needs most; of two on an axis the first one does, as the last may be a sliver.
     core = plan.core_box(tuple((n - 1) // 2 for n in plan.counts))
-    target = plan.rescale.inverse().support(core)
+    target = plan._target(core)
     if plan.mode == "exact":
         hull = window = plan._exact_window(target)
         count = 1
@@ -305,10 +301,6 @@ def _predict_memory(plan: Plan, cost: Cost) -> int:
     scores = 4 * cost.classes * (2 * target.size + core.size) + 8 * core.size
     in_flight = min(TILES_IN_FLIGHT, len(plan))
     return PROCESS_BYTES + in_flight * (array + scores + 500 * count) + int(cost.engine_bytes_per_pixel * window.size)
-
-
-def _times(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape))
 
 
 def _round_up(count: int) -> str:

@@ -33,7 +33,7 @@ from segcore.model.card import Card, Model, load_card
 from segcore.plan import Plan, make_plan
 from segcore.publish import ClassShare, class_shares, is_current, legend_of, manifest_path, publish
 from segcore.scaling import Scaling, fit_scaling
-from segcore.spec import Job
+from segcore.spec import Job, times
 
 #: Raised whenever a change of this code may change a pixel of a product: old products are then made again.
 PIXEL_VERSION = 1
@@ -205,7 +205,7 @@ def canvas_of(source: Source, card: Card) -> tuple[int, ...]:
     if source.spacing is None:
         raise SceneError(
             f"{source.uri} does not say how large its pixels are in metres, and {card.name} wants "
-            f"{' x '.join(map(str, card.spacing))}; reproject it to a projected CRS (gdalwarp)"
+            f"{times(card.spacing)}; reproject it to a projected CRS (gdalwarp)"
         )
     sizes = zip(grid.shape, source.spacing, card.spacing, strict=True)
     return tuple(max(1, round(n * have / want)) for n, have, want in sizes)

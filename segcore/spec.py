@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import Any, Literal
@@ -35,6 +36,11 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} GiB"
+
+
+def times(shape: Iterable[float]) -> str:
+    """`603 x 627` and the like."""
+    return " x ".join(map(str, shape))
 
 
 @dataclass(frozen=True, slots=True)

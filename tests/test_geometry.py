@@ -97,3 +97,10 @@ def test_invalid_pixels_do_not_bleed() -> None:
     out = interpolate(values, Box.of((8,)), Rescale((8,), (16,)), Box.of((16,)))
     assert np.array_equal(np.isnan(out[0]), [i in (4, 5, 6, 7) for i in range(16)])
     assert np.all(out[~np.isnan(out)] == 1)
+
+
+@given(boxes(), st.integers(-9, 9))
+def test_shifting_keeps_the_shape_and_goes_back(box: Box, offset: int) -> None:
+    by = (offset,) * box.ndim
+    assert box.shift(by).shape == box.shape
+    assert box.shift(by).shift([-o for o in by]) == box

@@ -18,8 +18,6 @@ from typing import Any
 
 import numpy as np
 import rasterio
-import rasterio.shutil
-import rasterio.warp
 from rasterio.enums import ColorInterp, MaskFlags, Resampling
 from rasterio.errors import RasterioIOError
 from rasterio.io import DatasetReader
@@ -74,7 +72,6 @@ class Raster:
             finest = min(files.values(), key=lambda file: abs(file.transform.determinant))
             self.grid = Grid("yx", finest.shape)
             self.frame = frame_of(finest)
-            self._files = sorted(set().union(*(_files_behind(uri) for uri in files)))
             for band in self._bands:
                 if band.index > files[band.uri].count:
                     raise SceneError(f"{band.uri} has {files[band.uri].count} bands, and band {band.index} is wanted")
@@ -99,7 +96,9 @@ class Raster:
         )
 
     def identity(self) -> Mapping[str, Any]:
-        files = {uri: file_identity(uri) for uri in self._files}
+        with gdal_environment():
+            behind = set().union(*(_files_behind(uri) for uri in {band.uri for band in self._bands}))
+        files = {uri: file_identity(uri) for uri in sorted(behind)}
         bands = [[band.uri, band.index, band.scale, band.offset, str(band.nodata)] for band in self._bands]
         return {"files": files, "bands": bands, **({"item": self._described_by} if self._described_by else {})}
 
@@ -149,11 +148,11 @@ class Raster:
     def _values(self, uri: str, bands: Sequence[Band], at: Box, shape: tuple[int, ...] | None = None) -> Floats:
         """Physical values of a box of one file, (len(bands), *shape), NaN where invalid."""
         file, indexes = self._dataset(uri), [band.index for band in bands]
-        options: dict[str, Any] = {"window": window_of(at)}
+        single: dict[str, Any] = {"window": window_of(at)}
+        several = dict(single)
         if shape is not None:
-            options |= {"resampling": Resampling.nearest}
-        single = options | ({"out_shape": shape} if shape is not None else {})
-        several = options | ({"out_shape": (len(bands), *shape)} if shape is not None else {})
+            single |= {"resampling": Resampling.nearest, "out_shape": shape}
+            several |= {"resampling": Resampling.nearest, "out_shape": (len(bands), *shape)}
         try:
             stored = file.read(indexes, **several)
             with np.errstate(over="ignore"):  # values beyond float32 become infinite, and so invalid
@@ -170,8 +169,8 @@ class Raster:
                 if not flags & {MaskFlags.all_valid, MaskFlags.alpha}:
                     out[i][file.read_masks(band.index, **single) == 0] = np.nan
             # GDAL lets an alpha band mask the others only where it makes RGBA or grey + alpha; here it always does.
-            if self._alpha(uri, file):
-                out[:, file.read(self._alpha(uri, file), **single) == 0] = np.nan
+            if alpha := self._alpha(uri, file):
+                out[:, file.read(alpha, **single) == 0] = np.nan
         except RasterioIOError as error:
             raise SceneError(
                 f"{uri}: cannot read {at} ({one_line(error.__cause__ or error)}); the file is truncated or damaged, "
@@ -253,33 +252,20 @@ class _Placement:
         seen = self._relative(box)
         if seen.size == 0:
             return Box(self.part.start, self.part.start)
-        at = self.rescale.support(seen)
-        return Box(
-            tuple(a + o for a, o in zip(at.start, self.part.start, strict=True)),
-            tuple(b + o for b, o in zip(at.stop, self.part.start, strict=True)),
-        )
+        return self.rescale.support(seen).shift(self.part.start)
 
     def onto(self, values: Floats, at: Box, box: Box) -> Floats:
         """Values of `at` of the file, laid onto `box` of the scene; NaN where the file does not reach."""
         seen = self._relative(box)
-        source = Box(
-            tuple(a - o for a, o in zip(at.start, self.part.start, strict=True)),
-            tuple(b - o for b, o in zip(at.stop, self.part.start, strict=True)),
-        )
-        inner = interpolate(values, source, self.rescale, seen)
+        inner = interpolate(values, at.shift([-o for o in self.part.start]), self.rescale, seen)
         if seen.shape == box.shape:
             return inner
         out = np.full((len(values), *box.shape), np.nan, np.float32)
-        where = seen.slices(tuple(a - o for a, o in zip(box.start, self.covered.start, strict=True)))
-        out[(slice(None), *where)] = inner
+        out[(slice(None), *(box & self.covered).slices(box.start))] = inner
         return out
 
     def _relative(self, box: Box) -> Box:
-        seen = box & self.covered
-        return Box(
-            tuple(a - o for a, o in zip(seen.start, self.covered.start, strict=True)),
-            tuple(b - o for b, o in zip(seen.stop, self.covered.start, strict=True)),
-        )
+        return (box & self.covered).shift([-o for o in self.covered.start])
 
 
 def _placement(file: DatasetReader, finest: DatasetReader) -> _Placement:

@@ -99,12 +99,11 @@ class Scratch:
         return present - damaged
 
     def _is_whole(self, tile: Index) -> bool:
-        start = tuple(i * c for i, c in zip(tile, self.core, strict=True))
-        stop = tuple(min(a + c, n) for a, c, n in zip(start, self.core, self._labels.shape, strict=True))
+        core = Box.cell(tile, self.core, self._labels.shape)
         try:
-            self.read(Box(start, stop))
+            self.read(core)
             for index in range(self._scores.shape[0] if self._scores is not None else 0):
-                self.read_scores(Box(start, stop), index)
+                self.read_scores(core, index)
                 if not self.root.joinpath("scores", "c", str(index), *map(str, tile)).is_file():
                     return False
         except ProductError:
