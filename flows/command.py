@@ -19,8 +19,8 @@ from rich.table import Table
 
 from flows.batch import NOTHING_RUN, Summary, find_jobs, run_batch
 from flows.console import Reporter, reporting
+from flows.models import AsJson, models
 from segcore.errors import PlanError, SegcoreError, one_line
-from segcore.model.card import built_in_models, load_card
 from segcore.spec import Job, Settings, format_bytes, parse_bytes, times
 
 app = typer.Typer(
@@ -29,7 +29,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Label every pixel of images of any size with a U-Net, in tiles that leave no seam.",
 )
-models = typer.Typer(no_args_is_help=True, help="The models that are built in, and your own.")
 app.add_typer(models, name="model")
 
 
@@ -41,6 +40,14 @@ class ModeName(StrEnum):
     blend = "blend"
 
 
+class WeightsName(StrEnum):
+    """`--weights`."""
+
+    cosine = "cosine"
+    gaussian = "gaussian"
+    constant = "constant"
+
+
 Scenes = Annotated[list[str], typer.Argument(help="Files, folders, globs, list files (.txt) or STAC Items.")]
 ModelName = Annotated[str, typer.Option("--model", "-m", help="A built-in model, or a folder with a card.json.")]
 Out = Annotated[str, typer.Option("--out", "-o", help="Folder for the products.")]
@@ -50,12 +57,18 @@ Memory = Annotated[
 TileSide = Annotated[int | None, typer.Option("--tile", help="Side of a tile's core in pixels; default: planned.")]
 ModeOption = Annotated[ModeName, typer.Option("--mode", help="How tiles are joined; auto asks the model's card.")]
 Overlap = Annotated[int | None, typer.Option(help="Pixels that windows share in blend mode; default: the card's.")]
+WeightsOption = Annotated[
+    WeightsName | None, typer.Option("--weights", help="How windows are blended; default: the card's.")
+]
+Tolerance = Annotated[
+    float | None,
+    typer.Option(help="Accept scores that differ by this from the whole image's, for a shorter halo; default: none."),
+]
 Scores = Annotated[bool, typer.Option("--scores", help="Write the score of every class, too.")]
 Bands = Annotated[str | None, typer.Option(help="Names of a raster's bands in file order, such as blue,green,red,nir.")]
 Scale = Annotated[float | None, typer.Option(help="Of a raster that carries none: value = stored x scale + offset.")]
 Offset = Annotated[float | None, typer.Option(help="See --scale.")]
 Cluster = Annotated[str | None, typer.Option(help="Address of a dask scheduler (tcp://...); default: this process.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
 @app.command()
@@ -67,6 +80,8 @@ def run(
     tile: TileSide = None,
     mode: ModeOption = ModeName.auto,
     overlap: Overlap = None,
+    weights: WeightsOption = None,
+    tolerance: Tolerance = None,
     scores: Scores = False,
     bands: Bands = None,
     scale: Scale = None,
@@ -83,7 +98,7 @@ def run(
     Exit code 0: every scene is done or up to date; 1: some failed, the others are done; 2: nothing was run; 75: stopped
     by SIGTERM, run again to go on.
     """
-    settings = _settings(memory, tile, mode, overlap, scores, bands, scale, offset)
+    settings = _settings(memory, tile, mode, overlap, weights, tolerance, scores, bands, scale, offset)
     as_flow = server_is_configured() if prefect is None else prefect
     with reporting(quiet=as_json) as reporter:
         if as_flow:
@@ -109,6 +124,8 @@ def plan(
     tile: TileSide = None,
     mode: ModeOption = ModeName.auto,
     overlap: Overlap = None,
+    weights: WeightsOption = None,
+    tolerance: Tolerance = None,
     bands: Bands = None,
     scale: Scale = None,
     offset: Offset = None,
@@ -122,7 +139,7 @@ def plan(
     if len(uris) > 1:
         raise PlanError(f"{scene} names {len(uris)} scenes; plan one at a time, such as {uris[0]}")
 
-    settings = _settings(memory, tile, mode, overlap, False, bands, scale, offset)
+    settings = _settings(memory, tile, mode, overlap, weights, tolerance, False, bands, scale, offset)
     prospect = survey(Job(product_name(uris[0]), uris[0], model, out, settings))
     facts = provenance(prospect, "", "")["segflow:plan"] | {"tiles": len(prospect.plan)}
     facts |= {"scene": prospect.source.uri, "grid": list(prospect.source.grid.shape)}
@@ -141,6 +158,47 @@ def plan(
     for warning in prospect.source.warnings:
         table.add_row("warning", warning)
     Console().print(table)
+
+
+@app.command()
+def check(
+    product: Annotated[str, typer.Argument(help="Folder of a product, or its manifest.")],
+    seams: Annotated[
+        bool, typer.Option("--seams", help="Label places again with other borders between tiles.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check that a product is whole, and with --seams that its tiles left no trace.
+
+    Exit code 1 where a file differs from its checksum, or a label or a score from what other tiles say.
+    """
+    from segcore.publish import faults
+    from segcore.scene import check_seams
+
+    path = Path(product)
+    path = path / f"{path.absolute().name}.json" if path.is_dir() else path
+    wrong = faults(path)
+    found: dict[str, Any] = {"product": str(path), "faults": wrong}
+    if seams and not wrong:
+        report = check_seams(path)
+        found["seams"] = asdict(report)
+        if not report.clean:
+            wrong.append(
+                f"tiles show: {report.decided} labels differ for no small reason, scores by {report.change:.2g}"
+            )
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        for fault in wrong:
+            print(f"fault: {fault}")
+        if "seams" in found:
+            print(
+                f"seams: {report.places} places, {report.pixels} pixels labelled again with other borders: "
+                f"{report.labels} labels differ, scores by at most {report.change:.2g} ({report.allowed:g} is allowed)"
+            )
+        if not wrong:
+            print(f"{path}: whole")
+    raise typer.Exit(1 if wrong else 0)
 
 
 @app.command()
@@ -173,32 +231,6 @@ def demo(
             if record["product"]:
                 reporter.note(f"look at     {Path(record['product']).parent}")
     raise typer.Exit(worst)
-
-
-@models.command("list")
-def list_models(as_json: AsJson = False) -> None:
-    """The built-in models."""
-    cards = [load_card(name).card for name in built_in_models()]
-    if as_json:
-        print(json.dumps({"models": [card.model_dump(mode="json") for card in cards]}, indent=2))
-        return
-    table = Table("model", "classes", "channels", "license", "what it labels", box=None)
-    for card in cards:
-        classes = ", ".join(label.name for label in card.classes)
-        channels = ", ".join(channel.name for channel in card.channels)
-        table.add_row(card.name, classes, channels, card.license, card.description)
-    Console().print(table)
-
-
-@models.command("inspect")
-def inspect_model(
-    model: Annotated[str, typer.Argument(help="A built-in model, or a folder with a card.json.")],
-) -> None:
-    """Check a model's card and weights, and print the card."""
-    loaded = load_card(model)
-    _, path = loaded.weights()
-    card = loaded.card.model_dump(mode="json", exclude_none=True)
-    print(json.dumps({"weights": str(path), "digest": loaded.digest, "card": card}, indent=2))
 
 
 def server_is_configured() -> bool:
@@ -255,6 +287,8 @@ def _settings(
     tile: int | None,
     mode: ModeName,
     overlap: int | None,
+    weights: WeightsName | None,
+    tolerance: float | None,
     scores: bool,
     bands: str | None,
     scale: float | None,
@@ -262,14 +296,27 @@ def _settings(
 ) -> Settings:
     names = tuple(name.strip() for name in bands.split(",")) if bands else None
     return Settings(
-        parse_bytes(memory) if memory is not None else None, tile, mode.value, overlap, scores, names, scale, offset
+        memory=parse_bytes(memory) if memory is not None else None,
+        tile=tile,
+        mode=mode.value,
+        overlap=overlap,
+        weights=weights.value if weights else None,
+        tolerance=tolerance,
+        scores=scores,
+        bands=names,
+        scale=scale,
+        offset=offset,
     )
 
 
 def _mode_sentence(facts: dict[str, Any]) -> str:
+    if facts["mode"] == "blend":
+        windows = f"windows of {times(facts['window'])} every {times(facts['step'])} pixels"
+        return f"blend, {windows}, {facts['weights']} weights"
+    halo = times("+".join(map(str, sorted(set(sides)))) for sides in facts["halo"])
     if facts["mode"] == "exact":
-        return f"exact, halo {times(facts['halo'])} pixels"
-    return f"blend, windows of {times(facts['window'])} every {times(facts['step'])} pixels"
+        return f"exact, halo {halo} pixels"
+    return f"measured: a halo of at most {halo} pixels, to be shortened on the scene itself"
 
 
 def _version(value: bool) -> None:

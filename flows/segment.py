@@ -68,6 +68,13 @@ def segment(
     tile: Annotated[int | None, Field(ge=1, description="Side of a tile's core in pixels; default: planned")] = None,
     mode: Literal["auto", "exact", "blend"] = "auto",
     overlap: Annotated[int | None, Field(ge=0, description="Pixels that neighbouring windows share")] = None,
+    weights: Annotated[
+        Literal["cosine", "gaussian", "constant"] | None,
+        Field(description="How windows are blended; default: the card's"),
+    ] = None,
+    tolerance: Annotated[
+        float | None, Field(gt=0, lt=1, description="Accept a shorter halo: scores off by this")
+    ] = None,
     scores: Annotated[bool, Field(description="Write the score of every class, too")] = False,
     bands: Annotated[list[str] | None, Field(description="Names of the bands of a raster, in file order")] = None,
     scale: Annotated[float | None, Field(description="Physical value = stored x scale + offset")] = None,
@@ -80,14 +87,16 @@ def segment(
     """
     try:
         settings = Settings(
-            parse_bytes(memory) if memory else None,
-            tile,
-            mode,
-            overlap,
-            scores,
-            tuple(bands) if bands else None,
-            scale,
-            offset,
+            memory=parse_bytes(memory) if memory else None,
+            tile=tile,
+            mode=mode,
+            overlap=overlap,
+            weights=weights,
+            tolerance=tolerance,
+            scores=scores,
+            bands=tuple(bands) if bands else None,
+            scale=scale,
+            offset=offset,
         )
         jobs = find_jobs(scenes, model, out, settings)
         summary = _label(jobs, cluster)

@@ -65,11 +65,11 @@ class Box:
             tuple(max(a, b) for a, b in zip(self.stop, other.stop, strict=True)),
         )
 
-    def grow(self, margin: Sequence[int]) -> Box:
-        """The box with `margin` (pixels per axis) more on both sides."""
+    def grow(self, margin: Sequence[tuple[int, int]]) -> Box:
+        """The box with `margin` (pixels before and after it, per axis) more."""
         return Box(
-            tuple(a - m for a, m in zip(self.start, margin, strict=True)),
-            tuple(b + m for b, m in zip(self.stop, margin, strict=True)),
+            tuple(a - before for a, (before, _) in zip(self.start, margin, strict=True)),
+            tuple(b + after for b, (_, after) in zip(self.stop, margin, strict=True)),
         )
 
     def shift(self, offset: Sequence[int]) -> Box:

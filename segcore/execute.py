@@ -30,6 +30,7 @@ from segcore.model.card import Model
 from segcore.model.segmenter import Segmenter
 from segcore.plan import TILES_IN_FLIGHT, Index, Plan
 from segcore.scaling import Scaling
+from segcore.seams import Labeller
 from segcore.spec import usable_cores
 from segcore.tile import label_tile
 
@@ -226,6 +227,25 @@ def label_tiles(recipe: Recipe, todo: Iterable[Index], workers: Workers) -> Iter
         with contextlib.suppress(Exception):  # what went wrong before matters more
             workers.client.cancel(list(running))
             _wait_until_stopped(workers, key)
+
+
+def run_once(recipe: Recipe, workers: Workers, work: Callable[[Labeller], T]) -> T:
+    """Run a piece of work on one worker, which has scene and model open as for its tiles. Raises what it raises."""
+    future = workers.client.submit(_work_once, uuid4().hex, pickle.dumps(recipe), work, pure=False)
+    try:
+        found: T = future.result()
+    except (KilledWorker, CancelledError) as error:
+        raise ModelError(f"a worker died: {one_line(error)}; run again", retryable=True) from error
+    return found
+
+
+def _work_once(key: str, packed: bytes, work: Callable[[Labeller], T]) -> T:
+    """Runs on a worker."""
+    bench: Bench = get_worker().plugins[_PLUGIN]
+    with bench.working(key), bench.places:
+        recipe = bench.recipe(key, packed)
+        segmenter = bench.segmenter(recipe.model)
+        return work(Labeller(recipe.plan, recipe.model.card, recipe.source, recipe.scaling, segmenter))
 
 
 def _wait_until_stopped(workers: Workers, key: str, timeout: float = 60) -> None:

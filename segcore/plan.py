@@ -6,8 +6,8 @@
     |        | . +---+ . |        |
     |        | . |   | . |  core: what it alone writes
     |        | . +---+ . |        |
-    |        |  . . . .  |  window: what the network sees at once (dots): one in exact mode,
-    |        +-----------+        |  several on one lattice over the whole scene in blend mode
+    |        |  . . . .  |  window: what the network sees at once (dots): one with a halo in exact and
+    |        +-----------+        |  measured mode, several on one lattice over the whole scene in blend mode
     +-----------------------------+
 
 Cores and reads lie on the scene's own grid. Windows lie on the network's grid, which is the same one unless the model
@@ -17,7 +17,7 @@ wants another spacing; `Plan.rescale` leads from the scene's grid to the network
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
 from typing import Literal
@@ -25,7 +25,7 @@ from typing import Literal
 from segcore.box import Box
 from segcore.errors import PlanError
 from segcore.grid import Grid, Rescale, mirrored
-from segcore.spec import Cost, Mode, Sight, format_bytes, times
+from segcore.spec import Cost, Mode, Sides, Sight, format_bytes, times
 
 Index = tuple[int, ...]
 
@@ -33,6 +33,8 @@ Index = tuple[int, ...]
 PROCESS_BYTES = 420 * 2**20
 #: Pixels of a core beyond which a larger one saves little and a lost one costs much.
 LARGEST_CORE = 2**22
+#: Pixels of a core where a halo was measured: always the same, since there a pixel may depend on where tiles end.
+MEASURED_CORE = 2**20
 #: Pixels of the network's grid for one of the scene's, beyond which something must be wrong.
 LARGEST_GROWTH = 1000
 #: Tiles of a process that are under way at once: one read, one inferred, one written.
@@ -71,7 +73,7 @@ class Plan:
     grid: Grid
     canvas: tuple[int, ...]
     sight: Sight
-    mode: Literal["exact", "blend"]
+    mode: Literal["exact", "measured", "blend"]
     core: tuple[int, ...]
     memory: int
 
@@ -92,12 +94,13 @@ class Plan:
         return product(*map(range, self.counts))
 
     @property
-    def halo(self) -> tuple[int, ...]:
-        """Exact mode: what a window shows around its target, in pixels of the network's grid."""
-        stride, reach = self.sight.stride, self.sight.reach
-        if self.mode != "exact" or reach is None:
-            return (0,) * len(stride)
-        return tuple(-(-r // s) * s for r, s in zip(reach, stride, strict=True))
+    def halo(self) -> Sides:
+        """What a window shows before and after its target, in pixels of the network's grid (none in blend mode)."""
+        return ((0, 0),) * len(self.core) if self.mode == "blend" else self.sight.halo
+
+    def with_reach(self, reach: Sides) -> Plan:
+        """The same tiles for a network taken to see less: windows get smaller, and nothing else changes."""
+        return replace(self, sight=replace(self.sight, reach=reach))
 
     @property
     def window_counts(self) -> tuple[int, ...]:
@@ -114,12 +117,15 @@ class Plan:
         """The tile of this index. Raises IndexError outside the plan."""
         if not all(0 <= i < n for i, n in zip(index, self.counts, strict=True)):
             raise IndexError(f"tile {index} is outside a plan of {self.counts} tiles")
-        core = self.core_box(index)
+        return self.tile_of(self.core_box(index), index)
+
+    def tile_of(self, core: Box, index: Index = ()) -> Tile:
+        """A tile with this core, wherever it lies in the scene: what any tiling of it would compute there."""
         target = self._target(core)
-        if self.mode == "exact":
-            windows: tuple[Box, ...] = (self._exact_window(target),)
-        else:
+        if self.mode == "blend":
             windows = tuple(map(self._window, product(*self._window_ranges(target))))
+        else:
+            windows = (self._whole_window(target),)
         return Tile(index, core, self._read(windows[0] | windows[-1]), target, windows)
 
     def _target(self, core: Box) -> Box:
@@ -130,7 +136,7 @@ class Plan:
         """What windows within this hull are made of, on the scene's grid."""
         return self.rescale.support(mirrored(hull, self.canvas))
 
-    def _exact_window(self, target: Box) -> Box:
+    def _whole_window(self, target: Box) -> Box:
         """The target and its halo, on multiples of the stride, and never past the border of the scene.
 
         There it ends where the whole scene, padded to the stride, would end, so that the network pads a tile where
@@ -161,8 +167,8 @@ class Plan:
     def work(self) -> float:
         """Pixels that the network computes, relative to the scene's (1.00: not one of them twice)."""
         # What is computed along one axis does not depend on the others: it is added up per axis, not per tile.
-        if self.mode == "exact":
-            lengths = [sum(self._exact_window(t).shape[axis] for t in self._along(axis)) for axis in self._axes]
+        if self.mode != "blend":
+            lengths = [sum(self._whole_window(t).shape[axis] for t in self._along(axis)) for axis in self._axes]
             return prod(lengths) / prod(self.canvas)
         assert self.sight.window is not None
         counts = [sum(len(self._window_ranges(t)[axis]) for t in self._along(axis)) for axis in self._axes]
@@ -187,13 +193,17 @@ def make_plan(
     *,
     core: tuple[int, ...] | None = None,
     mode: Mode = "auto",
+    measured: bool = False,
 ) -> Plan:
     """The tiling of a scene that fits `memory` bytes, with the largest sensible core, or with cores of this shape.
 
-    Exact mode is taken for a local network, blend mode for one that has a window; a network that is neither is run
-    on the whole scene in one piece. Raises PlanError, with the numbers, for what cannot work.
+    Exact mode is taken for a local network, with one tile for the whole scene if that fits, and blend mode for one
+    that has a window, however small the scene: what a network that is not local says depends on what it sees, and
+    that must not depend on memory. A network that is neither, or that is asked for exact mode, is run on the whole
+    scene in one piece. `measured`: the reach is not the network's own, but one that will do. Raises PlanError, with
+    the numbers, for what cannot work.
     """
-    chosen = _choose_mode(sight, mode)
+    chosen = _choose_mode(sight, mode, measured)
     if prod(canvas) < prod(sight.stride):
         raise PlanError(
             f"a scene of {times(canvas)} pixels, as the network sees it, is smaller than one cell of the network's "
@@ -214,17 +224,20 @@ def make_plan(
     if whole_only:
         if core is not None and any(n > c for n, c in zip(grid.shape, core, strict=True)):
             raise PlanError(
-                f"tiles of {times(core)} would cut a scene of {grid} pixels, but this network is not local and has no "
-                f"window: it needs the whole scene at once; leave --tile out"
+                f"tiles of {times(core)} would cut a scene of {grid} pixels, but this network is not local and is to "
+                f"see the whole scene at once; leave --tile out{_or_blend(sight)}"
             )
         plan = plan_of(grid.shape)
         if plan.memory > memory:
             raise PlanError(
                 f"the whole scene of {grid} pixels x {cost.channels} channels needs {format_bytes(plan.memory)} of the "
-                f"{format_bytes(memory)} budget, and this network cannot be tiled (it is not local and its card has "
-                f"no window); use --memory {_round_up(plan.memory)}"
+                f"{format_bytes(memory)} budget, and cannot be tiled, as this network is not local; use --memory "
+                f"{_round_up(plan.memory)}{_or_blend(sight)}"
             )
         return plan
+    if core is None and measured:
+        side = max(1, round(MEASURED_CORE ** (1 / len(canvas))))
+        core = tuple(max(s, side // s * s) for s in sight.stride)
     if core is not None:
         plan = plan_of(tuple(min(n, c) for n, c in zip(grid.shape, core, strict=True)))
         if plan.memory > memory:
@@ -243,17 +256,18 @@ def make_plan(
     )
 
 
-def _choose_mode(sight: Sight, mode: Mode) -> Literal["exact", "blend"]:
+def _choose_mode(sight: Sight, mode: Mode, measured: bool) -> Literal["exact", "measured", "blend"]:
+    if measured:
+        if not sight.local or sight.fixed:
+            raise PlanError(
+                "--tolerance needs a local network that takes any size, and this one is not; leave --tolerance out"
+            )
+        return "measured"
     if mode == "exact":
         if sight.fixed:
             raise PlanError(
                 f"--mode exact needs a network that takes any size, and this one only takes "
                 f"{times(sight.window or ())}; use --mode blend"
-            )
-        if not sight.local and sight.window is not None:
-            raise PlanError(
-                "--mode exact needs a local network, and this one sees the whole of its window "
-                "(instance norm, squeeze-excite or attention); use --mode blend"
             )
         return "exact"
     if mode == "blend":
@@ -265,10 +279,16 @@ def _choose_mode(sight: Sight, mode: Mode) -> Literal["exact", "blend"]:
     return "exact" if sight.window is None else "blend"
 
 
+def _or_blend(sight: Sight) -> str:
+    return ", or --mode blend" if sight.window is not None else ""
+
+
 def _sides(
-    grid: Grid, canvas: tuple[int, ...], sight: Sight, mode: Literal["exact", "blend"]
+    grid: Grid, canvas: tuple[int, ...], sight: Sight, mode: Literal["exact", "measured", "blend"]
 ) -> Iterator[tuple[int, ...]]:
-    """Shapes of cores to try, largest first: whole multiples of the window step, or of the stride."""
+    """Shapes of cores to try, largest first: the whole scene, then multiples of the window step, or of the stride."""
+    if mode != "blend":
+        yield grid.shape
     unit = sight.step if mode == "blend" else sight.stride
     # The network's pixels per pixel of the scene: a core is chosen on the scene's grid.
     native = [max(1, u * n // m) for u, n, m in zip(unit, grid.shape, canvas, strict=True)]
@@ -289,8 +309,8 @@ def _predict_memory(plan: Plan, cost: Cost) -> int:
     # A tile in the middle needs most; of two on an axis the first one does, as the last may be a sliver.
     core = plan.core_box(tuple((n - 1) // 2 for n in plan.counts))
     target = plan._target(core)
-    if plan.mode == "exact":
-        hull = window = plan._exact_window(target)
+    if plan.mode != "blend":
+        hull = window = plan._whole_window(target)
         count = 1
     else:
         ranges = plan._window_ranges(target)

@@ -86,14 +86,34 @@ def is_current(path: Path, fingerprint: str) -> bool:
     """Whether the product with this manifest was made of the same input, model and settings, and is whole."""
     document = read_manifest(path)
     try:
-        if document is None or document["properties"]["segflow:fingerprint"] != fingerprint:
-            return False
-        assets = {key: (asset["href"], asset["file:checksum"]) for key, asset in document["assets"].items()}
-        return "mask" in assets and all(
-            checksum == _multihash(path.parent / href) for href, checksum in assets.values()
-        )
-    except (OSError, KeyError, TypeError, AttributeError):
+        same = document is not None and document["properties"]["segflow:fingerprint"] == fingerprint
+    except (KeyError, TypeError):
         return False
+    return same and not faults(path)
+
+
+def faults(path: Path) -> list[str]:
+    """What is wrong with the product of this manifest: files that are missing or differ from their checksums, in words.
+
+    Raises ProductError where there is no manifest.
+    """
+    document = read_manifest(path)
+    if document is None:
+        raise ProductError(f"{path} is no manifest of a product; name the product's folder, or the JSON file in it")
+    found = []
+    try:
+        if "mask" not in document["assets"]:
+            found.append("the manifest names no mask")
+        for asset in document["assets"].values():
+            file = path.parent / asset["href"]
+            try:
+                if _multihash(file) != asset["file:checksum"]:
+                    found.append(f"{file.name} differs from its checksum")
+            except OSError as error:
+                found.append(f"{file.name}: {error.strerror or error}")
+    except (KeyError, TypeError, AttributeError) as error:
+        found.append(f"the manifest is no manifest of a product ({error!r})")
+    return found
 
 
 def publish(

@@ -13,27 +13,31 @@ import json
 import os
 import platform
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 import numpy as np
 
 from segcore.errors import PlanError, ProductError, SceneError, SegcoreError
-from segcore.execute import Recipe, TileReport, Workers, free_memory, label_tiles
+from segcore.execute import Recipe, TileReport, Workers, free_memory, label_tiles, run_once
 from segcore.grid import Grid
 from segcore.io import open_scene
 from segcore.io.scratch import Scratch
 from segcore.io.source import Source, Wanted
+from segcore.model import load_segmenter
 from segcore.model.card import Card, Model, load_card
 from segcore.plan import Plan, make_plan
-from segcore.publish import ClassShare, class_shares, is_current, legend_of, manifest_path, publish
+from segcore.publish import ClassShare, class_shares, is_current, legend_of, manifest_path, publish, read_manifest
 from segcore.scaling import Scaling, fit_scaling
-from segcore.spec import Job, times
+from segcore.seams import SAME, Labeller, Measured, SeamReport, measure_halo, report_seams
+from segcore.spec import Job, Settings, times, usable_cores
 
 #: Raised whenever a change of this code may change a pixel of a product: old products are then made again.
 PIXEL_VERSION = 1
@@ -91,16 +95,22 @@ def survey(job: Job) -> Prospect:
     source = open_scene(job.uri, wanted_by(model.card), job.settings)
     fingerprint = _fingerprint(job, model, source)
     canvas = canvas_of(source, model.card)
-    sight = model.card.sight(job.settings.overlap)
+    sight = model.card.sight(job.settings.overlap, job.settings.weights)
     memory = job.settings.memory or free_memory() // 2
     side = job.settings.tile
     core = (side,) * len(canvas) if side else _interrupted_core(job, source.name, fingerprint)
+
+    def plan_with(core: tuple[int, ...] | None) -> Plan:
+        measured = job.settings.tolerance is not None
+        cost, mode = model.card.cost(), job.settings.mode
+        return make_plan(source.grid, canvas, sight, cost, memory, core=core, mode=mode, measured=measured)
+
     try:
-        plan = make_plan(source.grid, canvas, sight, model.card.cost(), memory, core=core, mode=job.settings.mode)
+        plan = plan_with(core)
     except PlanError:
         if side or core is None:
             raise
-        plan = make_plan(source.grid, canvas, sight, model.card.cost(), memory, mode=job.settings.mode)
+        plan = plan_with(None)
     return Prospect(job, model, source, plan, fingerprint)
 
 
@@ -129,8 +139,12 @@ def segment_scene(job: Job, workers: Workers, progress: Progress = lambda *_: No
             )
             source = source.stage(prospect.hidden / "staged")
             check_range(source, card)
-            scaling = _fit_once(card, source, scratch)
+            scaling = _kept(scratch.root / "scaling.json", Scaling, lambda: fit_scaling(card.scaling, source))
             recipe = Recipe(plan, prospect.model, source, scaling, scratch)
+            halo = _measure_halo(recipe, workers, job.settings.tolerance)
+            if halo is not None:
+                plan = plan.with_reach(halo.halo)
+                recipe, prospect = replace(recipe, plan=plan), replace(prospect, plan=plan)
             prepared = time.perf_counter()
             kept, reports = _label_all(recipe, workers, progress)
             labelled = time.perf_counter()
@@ -143,6 +157,7 @@ def segment_scene(job: Job, workers: Workers, progress: Progress = lambda *_: No
             engine = next((report.engine for report in reports), "")
             facts = {
                 **provenance(prospect, created, engine),
+                **({"segflow:measured_halo": halo.to_json()} if halo else {}),
                 "segflow:classes": [share.to_json() for share in shares],
                 "segflow:valid_fraction": round(sum(share.pixels for share in shares) / source.grid.size, 6),
                 "segflow:scaling": scaling.to_json(),
@@ -185,6 +200,42 @@ def segment_scene(job: Job, workers: Workers, progress: Progress = lambda *_: No
         tuple(shares),
         source.warnings,
     )
+
+
+def check_seams(product: Path) -> SeamReport:
+    """Label places of a finished product again, in this process and with other borders between tiles.
+
+    `product`: its manifest. Raises ProductError where there is none, or where scene or model are no longer what it was
+    made of; SceneError, ModelError.
+    """
+    document = read_manifest(product)
+    if document is None:
+        raise ProductError(
+            f"{product} is no manifest of a product; name the scene's folder in --out, or the JSON file in it"
+        )
+    try:
+        made = document["properties"]
+        fields, tiling = dict(made["segflow:settings"]), made["segflow:plan"]
+        fields["bands"] = tuple(fields["bands"]) if fields["bands"] else None
+        settings = Settings(**fields | {"memory": 2**60})
+        uri, reference = made["segflow:input"]["uri"], made["segflow:model"]["reference"]
+        scaling, mask = Scaling.from_json(made["segflow:scaling"]), product.parent / document["assets"]["mask"]["href"]
+        halo = Measured.from_json(made["segflow:measured_halo"]) if "segflow:measured_halo" in made else None
+        core, fingerprint = tuple(map(int, tiling["core"])), str(made["segflow:fingerprint"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ProductError(
+            f"{product} is no manifest of this version of segflow ({error!r}); run the scene again"
+        ) from error
+    prospect = survey(Job(document["id"], uri, reference, str(product.parent.parent), settings))
+    if prospect.fingerprint != fingerprint:
+        raise ProductError(f"{product}: the scene or the model has changed since it was made; run the scene again")
+    plan = replace(prospect.plan, core=core)
+    plan = plan.with_reach(halo.halo) if halo else plan
+    segmenter = load_segmenter(prospect.model, usable_cores())
+    with tempfile.TemporaryDirectory() as folder:
+        source = prospect.source.stage(Path(folder))
+        labeller = Labeller(plan, prospect.model.card, source, scaling, segmenter)
+        return report_seams(labeller, lambda box: source.frame.read_labels(mask, box), halo.tolerance if halo else SAME)
 
 
 def wanted_by(card: Card) -> Wanted:
@@ -233,7 +284,13 @@ def check_range(source: Source, card: Card) -> None:
 def provenance(prospect: Prospect, created: str, engine: str) -> dict[str, Any]:
     """The part of a manifest that is known before the first tile: input, model, settings, plan and versions."""
     card, plan, source = prospect.model.card, prospect.plan, prospect.source
-    model = {"name": card.name, "version": card.version, "digest": prospect.model.digest, "license": card.license}
+    model = {
+        "reference": prospect.job.model,
+        "name": card.name,
+        "version": card.version,
+        "digest": prospect.model.digest,
+        "license": card.license,
+    }
     model |= {"citation": card.citation, "engine": engine, "weights_sha256": card.artifacts[0].sha256}
     tiling: dict[str, Any] = {
         "mode": plan.mode,
@@ -241,9 +298,11 @@ def provenance(prospect: Prospect, created: str, engine: str) -> dict[str, Any]:
         "counts": list(plan.counts),
         "canvas": list(plan.canvas),
     }
-    tiling |= {"halo": list(plan.halo)} if plan.mode == "exact" else {}
     if plan.mode == "blend":
-        tiling |= {"window": list(plan.sight.window or ()), "step": list(plan.sight.step), "weights": "hann"}
+        sight = plan.sight
+        tiling |= {"window": list(sight.window or ()), "step": list(sight.step), "weights": sight.weights}
+    else:
+        tiling |= {"halo": [list(sides) for sides in plan.halo]}
     tiling |= {"work": round(plan.work, 4), "predicted_memory_bytes": plan.memory}
     return {
         "created": created,
@@ -275,21 +334,41 @@ def _label_all(recipe: Recipe, workers: Workers, progress: Progress) -> tuple[in
     return len(done), reports
 
 
-def _fit_once(card: Card, source: Source, scratch: Scratch) -> Scaling:
-    """The scene's statistics: kept beside its tiles, so that a restart takes the very same numbers."""
-    path = scratch.root / "scaling.json"
+def _measure_halo(recipe: Recipe, workers: Workers, tolerance: float | None) -> Measured | None:
+    """The halo that will do within this tolerance; None where the network's whole reach is wanted."""
+    if tolerance is None:
+        return None
+    return _kept(
+        recipe.scratch.root / "halo.json",
+        Measured,
+        lambda: run_once(recipe, workers, partial(measure_halo, tolerance=tolerance)),
+    )
+
+
+class _Finding(Protocol):
+    """What was measured on a scene, as JSON."""
+
+    def to_json(self) -> Any: ...
+
+    @classmethod
+    def from_json(cls, fields: Any, /) -> Self: ...
+
+
+_F = TypeVar("_F", bound=_Finding)
+
+
+def _kept(path: Path, kind: type[_F], measure: Callable[[], _F]) -> _F:
+    """What was measured on the scene: kept beside its tiles, so that a restart takes the very same numbers."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        kept = Scaling.from_json(json.loads(path.read_text()))
-        if len(kept.operations) == len(card.scaling):
-            return kept
-    scaling = fit_scaling(card.scaling, source)
+        return kind.from_json(json.loads(path.read_text()))
+    found = measure()
     partial = path.with_suffix(".partial")
     try:
-        partial.write_text(json.dumps(scaling.to_json()))
+        partial.write_text(json.dumps(found.to_json()))
         os.replace(partial, path)
     except OSError as error:
         raise ProductError(f"cannot write {path}: {error.strerror or error}", retryable=True) from error
-    return scaling
+    return found
 
 
 def _fingerprint(job: Job, model: Model, source: Source) -> str:

@@ -12,6 +12,9 @@ from typing import Any, Literal
 from segcore.errors import PlanError
 
 Mode = Literal["auto", "exact", "blend"]
+Weights = Literal["cosine", "gaussian", "constant"]
+Sides = tuple[tuple[int, int], ...]
+"""Pixels before and after, one pair per axis."""
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _DECIMAL = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -38,7 +41,7 @@ def format_bytes(count: float) -> str:
     return f"{count:.1f} GiB"
 
 
-def times(shape: Iterable[float]) -> str:
+def times(shape: Iterable[object]) -> str:
     """`603 x 627` and the like."""
     return " x ".join(map(str, shape))
 
@@ -47,22 +50,24 @@ def times(shape: Iterable[float]) -> str:
 class Sight:
     """How a network looks at its input: all that tiling has to know, in pixels of the grid that the network sees.
 
-    `stride`: total downsampling per axis; `reach`: how far an output sees per axis, None where the network is not
-    local; `window`: the size that it is run at in blend mode, None for any size (the whole scene at once);
-    `fixed`: whether it accepts no other size than `window`; `overlap`: pixels that neighbouring windows share.
-    Raises PlanError where these contradict each other.
+    `stride`: total downsampling per axis. `reach`: how far the outputs of a cell of `stride` pixels see past its
+    ends, before and after it, per axis (`symmetric` makes it of one number each); None where the network is not
+    local. `window`: the size that it is run at in blend mode, None for any size (the whole scene at once); `fixed`:
+    whether it accepts no other size than `window`; `overlap`: pixels that neighbouring windows share; `weights`: how
+    these are blended. Raises PlanError where these contradict each other.
     """
 
     stride: tuple[int, ...]
-    reach: tuple[int, ...] | None
+    reach: Sides | None
     window: tuple[int, ...] | None = None
     overlap: tuple[int, ...] | None = None
     fixed: bool = False
+    weights: Weights = "cosine"
 
     def __post_init__(self) -> None:
         if any(s < 1 for s in self.stride):
             raise PlanError(f"stride {self.stride} must be 1 or more on every axis")
-        if self.reach is not None and any(r < 0 for r in self.reach):
+        if self.reach is not None and any(r < 0 for sides in self.reach for r in sides):
             raise PlanError(f"reach {self.reach} must not be negative")
         if self.window is None:
             if self.fixed or self.overlap is not None:
@@ -70,16 +75,20 @@ class Sight:
             return
         if any(w < 1 or w % s for w, s in zip(self.window, self.stride, strict=True)):
             raise PlanError(f"window {self.window} must be a multiple of the stride {self.stride}")
-        for o, w, s in zip(self.overlap or (0,) * len(self.window), self.window, self.stride, strict=True):
-            if not 0 <= o < w or (w - o) % s:
-                raise PlanError(
-                    f"overlap {o} does not fit a window of {w}: it must be 0 to {w - s}, and {w} minus it a multiple "
-                    f"of the stride {s}"
-                )
+        for o, w in zip(self.overlap or (0,) * len(self.window), self.window, strict=True):
+            if not 0 <= o < w:
+                raise PlanError(f"overlap {o} does not fit a window of {w}: it must be 0 to {w - 1} pixels")
 
     @property
     def local(self) -> bool:
         return self.reach is not None
+
+    @property
+    def halo(self) -> Sides:
+        """What a window must show around its target: the reach, rounded up to the stride; none if it sees all."""
+        reach = self.reach or ((0, 0),) * len(self.stride)
+        rounded = (tuple(-(-side // s) * s for side in sides) for sides, s in zip(reach, self.stride, strict=True))
+        return tuple((before, after) for before, after in rounded)
 
     @property
     def step(self) -> tuple[int, ...]:
@@ -87,6 +96,11 @@ class Sight:
         assert self.window is not None
         overlap = self.overlap or (0,) * len(self.window)
         return tuple(w - o for w, o in zip(self.window, overlap, strict=True))
+
+
+def symmetric(reach: Iterable[int]) -> Sides:
+    """The same reach before and after, per axis."""
+    return tuple((r, r) for r in reach)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,14 +117,18 @@ class Settings:
     """The choices of a run. Those in `pixels()` may change a pixel of the product; the others never do.
 
     `memory`: bytes, None for half of what is free; `tile`: side of a core in pixels, None to let the plan choose;
-    `overlap`: pixels that windows share in blend mode, None for the card's; `bands`: names of the bands of a raster
-    that does not name them, in file order; `scale`, `offset`: of a raster that carries none, stored x scale + offset.
+    `overlap`, `weights`: pixels that windows share in blend mode and how they are blended, None for the card's;
+    `tolerance`: how far scores may be from those of the whole image, so that a shorter halo will do (None: not at
+    all); `bands`: names of the bands of a raster that does not name them, in file order; `scale`, `offset`: of a
+    raster that carries none, stored x scale + offset.
     """
 
     memory: int | None = None
     tile: int | None = None
     mode: Mode = "auto"
     overlap: int | None = None
+    weights: Weights | None = None
+    tolerance: float | None = None
     scores: bool = False
     bands: tuple[str, ...] | None = None
     scale: float | None = None
@@ -125,15 +143,26 @@ class Settings:
             raise PlanError(f"--mode {self.mode!r} must be auto, exact or blend")
         if self.overlap is not None and self.overlap < 0:
             raise PlanError(f"--overlap {self.overlap} must not be negative")
+        if self.weights not in (None, "cosine", "gaussian", "constant"):
+            raise PlanError(f"--weights {self.weights!r} must be cosine, gaussian or constant")
+        if self.tolerance is not None and not 0 < self.tolerance < 1:
+            raise PlanError(f"--tolerance {self.tolerance} must be a difference of scores between 0 and 1")
+        if self.tolerance is not None and self.mode == "blend":
+            raise PlanError("--tolerance shortens the halo of tiles that do not blend; leave it or --mode blend out")
         if self.scale is not None and (self.scale == 0 or not isfinite(self.scale)):
             raise PlanError(f"--scale {self.scale} must be a number other than 0")
         if self.offset is not None and not isfinite(self.offset):
             raise PlanError(f"--offset {self.offset} must be a number")
 
     def pixels(self) -> dict[str, Any]:
-        """The settings that a product depends on, as JSON values: part of its fingerprint."""
+        """The settings that a product depends on, as JSON values: part of its fingerprint.
+
+        With a tolerance the tiles are among them: then, and only then, a pixel may depend on where they end.
+        """
         kept = asdict(self)
-        del kept["memory"], kept["tile"]
+        del kept["memory"]
+        if self.tolerance is None:
+            del kept["tile"]
         return kept
 
 

@@ -19,6 +19,7 @@ from segcore.model.segmenter import Segmenter
 from segcore.plan import Plan, Tile
 from segcore.resample import interpolate
 from segcore.scaling import Scaling
+from segcore.spec import Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,17 +98,17 @@ def _network_image(scaled: Floats, tile: Tile, plan: Plan, padding: str) -> Floa
 
 
 def _target_scores(image: Floats, tile: Tile, plan: Plan, card: Card, device: _Device) -> Floats:
-    """Scores of the tile's target, (K, *target), from one window (exact) or gathered from several (blend)."""
+    """Scores of the tile's target, (K, *target), from one window or gathered from several (blend mode)."""
     target = tile.target
     windows = _window_scores(image, tile, card, device)
-    if plan.mode == "exact":
+    if plan.mode != "blend":
         window, scores = next(windows)
         return scores[(slice(None), *target.slices(window.start))]
     total = np.zeros((len(card.classes), *target.shape), np.float32)
     weights = np.zeros(target.shape, np.float32)
     for window, scores in windows:
         seen = window & target
-        weight = window_weights(window.shape)[seen.slices(window.start)]
+        weight = window_weights(window.shape, plan.sight.weights)[seen.slices(window.start)]
         at = seen.slices(target.start)
         total[(slice(None), *at)] += scores[(slice(None), *seen.slices(window.start))] * weight
         weights[at] += weight
@@ -123,7 +124,7 @@ def _window_scores(image: Floats, tile: Tile, card: Card, device: _Device) -> It
         size = 1 if len(windows) == 1 else device.batch
         batch = np.stack([image[(slice(None), *window.slices(origin))] for window in (group * size)[:size]])
         raw = device(np.ascontiguousarray(batch, dtype=np.float32))
-        wanted = (size, len(card.classes), *group[0].shape)
+        wanted = (size, 1 if card.binary and raw.shape[1] == 1 else len(card.classes), *group[0].shape)
         if raw.shape != wanted:
             raise ModelError(
                 f"the network of {card.name} turns a batch of shape {batch.shape} into {raw.shape}; its card promises "
@@ -131,21 +132,30 @@ def _window_scores(image: Floats, tile: Tile, card: Card, device: _Device) -> It
             )
         if not np.isfinite(raw).all():
             raise ModelError(f"the network of {card.name} returns NaN or infinity in {group[0]}; check its scaling")
-        yield from zip(group, _activate(raw[: len(group)], card.activation), strict=True)
+        scores = _activate(raw[: len(group)], card.activation)
+        if scores.shape[1] == 1:
+            scores = np.concatenate([1 - scores, scores], axis=1)
+        yield from zip(group, scores, strict=True)
 
 
 @cache
-def window_weights(shape: tuple[int, ...]) -> Floats:
-    """The Hann window, sampled at pixel centres: a product of sin^2 along the axes, positive everywhere.
+def window_weights(shape: tuple[int, ...], kind: Weights) -> Floats:
+    """Weights of a window's pixels, positive everywhere: a product of profiles along the axes, taken at pixel centres.
 
-    Divided by their sum over all windows of a pixel, the weights form a partition of unity (law 3).
+    `cosine`: sin^2, the Hann window; `gaussian`: a standard deviation of an eighth of the window, and at least 0.001,
+    so that corners that no other window shows keep a weight; `constant`: all alike. Divided by their sum over all
+    windows of a pixel, the weights form a partition of unity (law 3).
     """
-    weights = np.ones(shape, np.float32)
+    weights = np.ones(shape)
     for axis, n in enumerate(shape):
-        profile = np.sin(np.pi * (np.arange(n) + 0.5) / n) ** 2
-        weights *= profile.astype(np.float32).reshape([-1 if i == axis else 1 for i in range(len(shape))])
-    weights.setflags(write=False)
-    return weights
+        x = (np.arange(n) + 0.5) / n
+        profile = {"cosine": np.sin(np.pi * x) ** 2, "gaussian": np.exp(-32 * (x - 0.5) ** 2), "constant": np.ones(n)}
+        weights *= profile[kind].reshape([-1 if i == axis else 1 for i in range(len(shape))])
+    if kind == "gaussian":
+        weights = np.maximum(weights, 1e-3)
+    found = weights.astype(np.float32)
+    found.setflags(write=False)
+    return found
 
 
 def _activate(raw: Floats, activation: str) -> Floats:

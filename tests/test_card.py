@@ -149,4 +149,4 @@ def test_a_card_round_trips() -> None:
 def test_the_example_in_the_readme_is_a_card() -> None:
     text = (Path(__file__).parent.parent / "README.md").read_text()
     example = text.partition("```json\n")[2].partition("```")[0].replace('"…"', f'"{"0" * 64}"')
-    assert Card.model_validate_json(example).sight().reach == (107, 107)
+    assert Card.model_validate_json(example).sight().reach == ((107, 107), (107, 107))

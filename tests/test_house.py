@@ -14,6 +14,7 @@ FLOORS = {
     "segcore.demo": 6,
     "segcore.scene": 5,
     "segcore.execute": 4,
+    "segcore.seams": 3.5,
     "segcore.tile": 3,
     "segcore.publish": 3,
     "segcore.quicklook": 2,
@@ -31,8 +32,8 @@ FLOORS = {
 }
 HOMES = {
     "prefect": {"flows.segment", "flows.command"},
-    "typer": {"flows.command"},
-    "rich": {"flows.command", "flows.console"},
+    "typer": {"flows.command", "flows.models"},
+    "rich": {"flows.command", "flows.models", "flows.console"},
     "distributed": {"segcore.execute"},
     "dask": set(),
     "psutil": {"segcore.execute"},
@@ -40,8 +41,10 @@ HOMES = {
     "nibabel": {"segcore.io.nifti"},
     "zarr": {"segcore.io.scratch"},
     "pystac": {"segcore.io.stac"},
-    "onnxruntime": {"segcore.model.onnx"},
-    "torch": {"segcore.model.torch"},
+    "onnxruntime": {"segcore.model.onnx", "segcore.model.graph"},
+    "onnx": {"segcore.model.graph", "segcore.model.marking"},
+    "torch": {"segcore.model.torch", "segcore.model.unet", "segcore.model.pack"},
+    "safetensors": {"segcore.model.torch", "segcore.model.pack"},
     "pydantic": {"segcore.model.card", "flows.segment"},
     "PIL": {"segcore.quicklook"},
 }

@@ -11,10 +11,11 @@ from segcore.box import Box
 from segcore.errors import PlanError
 from segcore.grid import Grid
 from segcore.plan import LARGEST_GROWTH, PROCESS_BYTES, Plan, make_plan
-from segcore.spec import Cost, Settings, Sight, format_bytes, parse_bytes
+from segcore.spec import Cost, Settings, Sight, format_bytes, parse_bytes, symmetric
 
 COST = Cost(channels=2, classes=3, engine_bytes_per_pixel=100)
 LOTS = 2**40
+REACH = symmetric((92, 92))
 
 
 @st.composite
@@ -28,11 +29,12 @@ def plans(draw: st.DrawFn, mode: str | None = None) -> Plan:
     assume(np.prod(lattice) <= LARGEST_GROWTH * np.prod(shape))
     mode = mode or draw(st.sampled_from(["exact", "blend"]))
     if mode == "exact":
-        sight = Sight(stride, each(0, 9))
+        sight = Sight(stride, tuple(zip(each(0, 9), each(0, 9), strict=True)))
     else:
         steps, shared = each(1, 4), each(0, 3)
-        overlap = tuple(o * s for o, s in zip(shared, stride, strict=True))
-        window = tuple(n * s + o for n, s, o in zip(steps, stride, overlap, strict=True))
+        window = tuple((n + o) * s for n, s, o in zip(steps, stride, shared, strict=True))
+        overlap = tuple(min(o * s + draw(st.integers(-1, 1)), w - 1) if o else 0
+                        for o, s, w in zip(shared, stride, window, strict=True))  # fmt: skip
         sight = Sight(stride, None, window, overlap)
     return make_plan(Grid("zyx"[-ndim:], shape), lattice, sight, COST, LOTS, core=each(1, 40))
 
@@ -74,8 +76,8 @@ def test_exact_windows_are_aligned_and_end_at_the_border(plan: Plan) -> None:
         ):  # fmt: skip
             assert a % s == 0
             assert b % s == 0
-            assert a == 0 or t - a >= r
-            assert b == n or b - u >= r
+            assert a == 0 or t - a >= r[0]
+            assert b == n or b - u >= r[1]
 
 
 @given(plans("blend"))
@@ -86,7 +88,6 @@ def test_windows_lie_on_one_lattice_that_covers_the_scene(plan: Plan) -> None:
         for window in plan.tile(index).windows:
             hits[(window & Box.of(plan.canvas)).slices()] += 1
             for axis, start in enumerate(window.start):
-                assert start % plan.sight.stride[axis] == 0
                 lattice[axis].add(start)
     assert (hits > 0).all()
     for starts, step, count in zip(lattice, plan.sight.step, plan.window_counts, strict=True):
@@ -100,7 +101,7 @@ def test_work_counts_every_window(plan: Plan) -> None:
 
 
 def test_a_plan_of_a_million_tiles_is_small() -> None:
-    plan = make_plan(Grid("yx", (1_000_000, 1_000_000)), (1_000_000,) * 2, Sight((16, 16), (92, 92)), COST, LOTS,
+    plan = make_plan(Grid("yx", (1_000_000, 1_000_000)), (1_000_000,) * 2, Sight((16, 16), REACH), COST, LOTS,
                      core=(1000, 1000))  # fmt: skip
     assert len(plan) == 1_000_000
     assert plan.tile((999, 999)).core == Box((999_000, 999_000), (1_000_000, 1_000_000))
@@ -108,7 +109,7 @@ def test_a_plan_of_a_million_tiles_is_small() -> None:
 
 
 def test_the_largest_core_that_fits_is_taken() -> None:
-    grid, sight = Grid("yx", (40_000, 40_000)), Sight((16, 16), (92, 92))
+    grid, sight = Grid("yx", (40_000, 40_000)), Sight((16, 16), REACH)
     large = make_plan(grid, grid.shape, sight, COST, 8 * 2**30)
     small = make_plan(grid, grid.shape, sight, COST, 600 * 2**20)
     assert large.core == (2048, 2048)
@@ -117,8 +118,40 @@ def test_the_largest_core_that_fits_is_taken() -> None:
     assert small.work > large.work > 1
 
 
+def test_a_scene_that_fits_is_one_tile_of_a_local_network() -> None:
+    grid = Grid("yx", (5000, 5000))
+    assert len(make_plan(grid, grid.shape, Sight((16, 16), REACH), COST, LOTS)) == 1
+    assert make_plan(grid, grid.shape, Sight((16, 16), REACH), COST, LOTS).work == pytest.approx(1, abs=0.01)
+    assert len(make_plan(grid, grid.shape, Sight((16, 16), REACH), COST, 2**30)) > 1
+
+
+def test_memory_does_not_change_what_a_network_that_is_not_local_sees() -> None:
+    grid, sight = Grid("yx", (300, 300)), Sight((16, 16), None, (256, 256), (64, 64))
+    for memory in (600 * 2**20, LOTS):
+        plan = make_plan(grid, grid.shape, sight, COST, memory)
+        assert plan.mode == "blend"
+        assert plan.window_counts == (2, 2)
+    assert len(make_plan(grid, grid.shape, sight, COST, LOTS, mode="exact")) == 1
+
+
+def test_where_a_halo_was_measured_tiles_do_not_follow_memory() -> None:
+    grid, sight = Grid("yx", (9000, 9000)), Sight((16, 16), REACH)
+    plans = [make_plan(grid, grid.shape, sight, COST, memory, measured=True) for memory in (2**31, LOTS)]
+    assert {plan.core for plan in plans} == {(1024, 1024)}
+    assert {plan.mode for plan in plans} == {"measured"}
+    with pytest.raises(PlanError, match="smaller --tile"):
+        make_plan(grid, grid.shape, sight, COST, 500 * 2**20, measured=True)
+
+
+def test_sides_of_a_halo_differ_where_the_reach_does() -> None:
+    sight = Sight((4, 4), ((3, 9), (0, 4)))
+    assert sight.halo == ((4, 12), (0, 4))
+    plan = make_plan(Grid("yx", (80, 80)), (80, 80), sight, COST, LOTS, core=(20, 20))
+    assert plan.tile((1, 1)).windows[0] == Box((16, 20), (52, 44))
+
+
 def test_memory_does_not_follow_the_scene() -> None:
-    sight = Sight((16, 16), (92, 92))
+    sight = Sight((16, 16), REACH)
     plans = [make_plan(Grid("yx", (n, n)), (n, n), sight, COST, 2**31) for n in (8_000, 80_000)]
     assert plans[0].memory == plans[1].memory
 
@@ -126,13 +159,14 @@ def test_memory_does_not_follow_the_scene() -> None:
 @pytest.mark.parametrize(
     ("sight", "options", "words"),
     [
-        (Sight((16, 16), (92, 92)), {"memory": 2**20}, r"budget; use --memory \d+MiB"),
-        (Sight((16, 16), (92, 92)), {"core": (4000, 4000), "memory": 500 * 2**20}, "smaller --tile"),
+        (Sight((16, 16), REACH), {"memory": 2**20}, r"budget; use --memory \d+MiB"),
+        (Sight((16, 16), REACH), {"core": (4000, 4000), "memory": 500 * 2**20}, "smaller --tile"),
         (Sight((16, 16), None), {"core": (100, 100)}, "leave --tile out"),
         (Sight((16, 16), None), {"memory": 100 * 2**20}, "cannot be tiled"),
         (Sight((16, 16), None, (256, 256), fixed=True), {"mode": "exact"}, "use --mode blend"),
-        (Sight((16, 16), None, (256, 256)), {"mode": "exact"}, "local network"),
-        (Sight((16, 16), (92, 92)), {"mode": "blend"}, "needs a window"),
+        (Sight((16, 16), None, (256, 256)), {"mode": "exact", "memory": 100 * 2**20}, "or --mode blend"),
+        (Sight((16, 16), None, (256, 256)), {"measured": True}, "needs a local network"),
+        (Sight((16, 16), REACH), {"mode": "blend"}, "needs a window"),
     ],
 )
 def test_what_cannot_work_is_refused_with_a_remedy(sight: Sight, options: dict, words: str) -> None:
@@ -170,7 +204,7 @@ def test_bad_settings_are_refused(bad: dict) -> None:
 
 
 @pytest.mark.parametrize(
-    ("window", "overlap"), [((100, 100), None), ((256, 256), (256, 256)), ((256, 256), (100, 100)), (None, (32, 32))]
+    ("window", "overlap"), [((100, 100), None), ((256, 256), (256, 256)), ((256, 256), (-1, 0)), (None, (32, 32))]
 )
 def test_contradicting_windows_are_refused(window: tuple | None, overlap: tuple | None) -> None:
     with pytest.raises(PlanError):
@@ -186,7 +220,7 @@ def test_no_tile_needs_much_more_than_the_plan_predicts(plan: Plan) -> None:
 
 
 def test_a_sliver_at_the_end_does_not_hide_what_the_first_tile_needs() -> None:
-    sight = Sight((16, 16), (92, 92))
+    sight = Sight((16, 16), REACH)
     plans = [make_plan(Grid("yx", (n, n)), (n, n), sight, COST, LOTS, core=(2048, 2048)) for n in (2048, 2100)]
     assert plans[1].memory >= plans[0].memory
 

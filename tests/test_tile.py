@@ -15,7 +15,7 @@ from segcore.model.card import Card
 from segcore.model.segmenter import BoxFilter
 from segcore.plan import Plan, make_plan
 from segcore.scaling import Scaling
-from segcore.spec import Cost, Sight
+from segcore.spec import Cost, Sight, symmetric
 from segcore.tile import label_tile
 
 COST = Cost(1, 3, 100)
@@ -57,8 +57,8 @@ def test_exact_tiles_equal_the_whole(drawn: tuple[ArrayScene, tuple[int, ...]], 
     stride = (data.draw(st.sampled_from([1, 2])),) * ndim
     described = axes_card(scene, padding=data.draw(st.sampled_from(["symmetric", "edge", "zero"])))
     core = tuple(data.draw(st.integers(3, 30)) for _ in range(ndim))
-    whole = make_plan(scene.grid, lattice, Sight(stride, (3,) * ndim), COST, 2**40, core=scene.grid.shape)
-    tiled = make_plan(scene.grid, lattice, Sight(stride, (3,) * ndim), COST, 2**40, core=core)
+    whole = make_plan(scene.grid, lattice, Sight(stride, symmetric((3,) * ndim)), COST, 2**40, core=scene.grid.shape)
+    tiled = make_plan(scene.grid, lattice, Sight(stride, symmetric((3,) * ndim)), COST, 2**40, core=core)
     expected, got = (label_all(scene, plan, described, BoxFilter(3)) for plan in (whole, tiled))
     assert np.array_equal(expected[0], got[0])
     assert np.array_equal(expected[1], got[1], equal_nan=True)
@@ -69,7 +69,7 @@ def test_a_halo_that_is_too_small_is_noticed() -> None:
     scene = ArrayScene(np.random.default_rng(0).standard_normal((1, 40, 40)).astype(np.float32), "yx")
     results = []
     for core in ((40, 40), (10, 10)):
-        plan = make_plan(scene.grid, (40, 40), Sight((1, 1), (2, 2)), COST, 2**40, core=core)
+        plan = make_plan(scene.grid, (40, 40), Sight((1, 1), symmetric((2, 2))), COST, 2**40, core=core)
         results.append(label_all(scene, plan, card(), BoxFilter(3))[1])
     assert np.abs(results[0] - results[1]).max() > 1e-3
 
@@ -144,7 +144,7 @@ def test_tiles_without_a_valid_pixel_are_not_inferred() -> None:
             called.append(len(batch))
             return super().__call__(batch)
 
-    plan = make_plan(scene.grid, (20, 20), Sight((1, 1), (3, 3)), COST, 2**40, core=(10, 10))
+    plan = make_plan(scene.grid, (20, 20), Sight((1, 1), symmetric((3, 3))), COST, 2**40, core=(10, 10))
     labels, scores = label_all(scene, plan, card(), Counting(3))
     assert called == [1]
     assert np.array_equal(labels != 255, ~np.isnan(values[0]))
@@ -153,7 +153,7 @@ def test_tiles_without_a_valid_pixel_are_not_inferred() -> None:
 
 def test_a_network_that_breaks_its_promise_is_named() -> None:
     scene = ArrayScene(np.zeros((1, 8, 8), np.float32), "yx")
-    plan = make_plan(scene.grid, (8, 8), Sight((1, 1), (3, 3)), COST, 2**40)
+    plan = make_plan(scene.grid, (8, 8), Sight((1, 1), symmetric((3, 3))), COST, 2**40)
     with pytest.raises(ModelError, match="3 classes"):
         label_tile(plan.tile((0, 0)), plan, card(), scene, Scaling(()), BoxFilter(3, classes=2))
 
@@ -168,7 +168,7 @@ def test_a_network_that_breaks_its_promise_is_named() -> None:
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid", "none"])
 def test_activations(activation: str) -> None:
     scene = ArrayScene(np.linspace(-3, 3, 64, dtype=np.float32).reshape(1, 8, 8), "yx")
-    plan = make_plan(scene.grid, (8, 8), Sight((1, 1), (0, 0)), COST, 2**40)
+    plan = make_plan(scene.grid, (8, 8), Sight((1, 1), symmetric((0, 0))), COST, 2**40)
     result = label_tile(plan.tile((0, 0)), plan, card(activation=activation), scene, Scaling(()), BoxFilter(0))
     raw = -np.abs(scene.array - np.array([-1, 0, 1], np.float32).reshape(3, 1, 1))
     expected = {

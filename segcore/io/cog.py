@@ -25,7 +25,7 @@ from rasterio.windows import Window
 
 from segcore.box import Box
 from segcore.errors import ProductError, one_line
-from segcore.io.source import Frame, LabelReader, Legend
+from segcore.io.source import Frame, LabelReader, Labels, Legend
 
 #: GDAL's own block cache takes a share of all memory unless it is bounded (bytes).
 GDAL_CACHE = 64 * 2**20
@@ -88,6 +88,13 @@ class GeoFrame:
                             raise ProductError(f"{path} differs from what was written to it in {box}; run again")
         except GDAL_ERRORS as error:
             raise ProductError(f"{path} does not read back ({one_line(error)}): is the disk full? Run again") from error
+
+    def read_labels(self, path: Path, box: Box) -> Labels:
+        try:
+            with gdal_environment(), rasterio.open(path) as written:
+                return np.asarray(written.read(1, window=window_of(box)), np.uint8)
+        except GDAL_ERRORS as error:
+            raise ProductError(f"{path} does not read ({one_line(error)}); run again") from error
 
     def footprint(self) -> dict[str, Any] | None:
         if self.crs is None or self.transform == _NOWHERE:

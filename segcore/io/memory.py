@@ -40,6 +40,9 @@ class ArrayFrame:
         if not np.array_equal(np.load(path), np.stack(scores), equal_nan=True):
             raise ProductError(f"{path} does not hold the scores that were written to it; run again")
 
+    def read_labels(self, path: Path, box: Box) -> Labels:
+        return np.load(path)[box.slices()]
+
     def footprint(self) -> dict[str, Any] | None:
         return None
 

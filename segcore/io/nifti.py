@@ -29,7 +29,7 @@ from segcore.box import Box
 from segcore.errors import CardError, ProductError, SceneError, one_line
 from segcore.files import file_identity, is_remote, local_path
 from segcore.grid import Grid
-from segcore.io.source import Floats, LabelReader, Legend, Source, Wanted, sample_positions
+from segcore.io.source import Floats, LabelReader, Labels, Legend, Source, Wanted, sample_positions
 
 #: Millimetres of a unit of space, by its code; unknown ones are taken for millimetres, as everyone does.
 _MM = {1: 1000.0, 2: 1.0, 3: 0.001}
@@ -139,6 +139,13 @@ class NiftiFrame:
                         raise ProductError(f"{path} differs from what was written to it; run again", retryable=True)
         except (OSError, EOFError, zlib.error, HeaderDataError) as error:
             raise ProductError(f"{path} does not read back ({one_line(error)}): is the disk full? Run again") from error
+
+    def read_labels(self, path: Path, box: Box) -> Labels:
+        try:
+            stored = nib.load(path).dataobj[(*self.turn.to_file(box, self.shape).slices(), *(0,) * self.trailing)]
+        except (OSError, EOFError, zlib.error, HeaderDataError, ImageFileError) as error:
+            raise ProductError(f"{path} does not read ({one_line(error)}); run again") from error
+        return np.ascontiguousarray(self.turn.array(np.asarray(stored, np.uint8)))
 
     def footprint(self) -> dict[str, Any] | None:
         return None

@@ -89,6 +89,10 @@ class Frame(Protocol):
         """The same for scores."""
         ...
 
+    def read_labels(self, path: Path, box: Box) -> Labels:
+        """Labels of a written mask in a box of the scene's grid, (*box.shape). Raises ProductError."""
+        ...
+
     def footprint(self) -> dict[str, Any] | None:
         """The scene's outline as a GeoJSON geometry in WGS 84, or None where it does not lie on the Earth."""
         ...

@@ -10,13 +10,13 @@ import hashlib
 import json
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 
 from segcore.errors import CardError, ModelError, PlanError, one_line
 from segcore.files import sha256_of
-from segcore.spec import Cost, Sight
+from segcore.spec import Cost, Sides, Sight, Weights
 
 _BUILT_IN = Path(__file__).parent / "cards"
 
@@ -25,12 +25,34 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Artifact(_Strict):
-    """Weights: `path` is relative to the card, or `package:DISTRIBUTION/PATH` for a file of an installed one."""
+class Network(_Strict):
+    """A network to be built before its weights are filled in: class and arguments of its constructor.
 
-    format: Literal["onnx", "torchscript"]
+    Only classes of MONAI, segmentation-models-pytorch and segflow's own U-Net are ever imported.
+    """
+
+    name: Annotated[
+        str, Field(pattern=r"^(segcore\.model\.unet|monai\.networks\.nets|segmentation_models_pytorch)\.\w+$")
+    ]
+    arguments: dict[str, JsonValue] = {}
+
+
+class Artifact(_Strict):
+    """Weights: `path` is relative to the card, or `package:DISTRIBUTION/PATH` for a file of an installed one.
+
+    `network`: what weights in safetensors belong to.
+    """
+
+    format: Literal["onnx", "torchscript", "torch-export", "safetensors"]
     path: str
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    network: Network | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if (self.format == "safetensors") != (self.network is not None):
+            raise ValueError("weights in safetensors need a `network`, and only they do")
+        return self
 
 
 class Channel(_Strict):
@@ -91,6 +113,20 @@ class Fill(_Strict):
     value: float
 
 
+class Probe(_Strict):
+    """What else was measured on the network when it was packed, for people to read.
+
+    `sizes`: which sides it accepts (`any`, `multiples of 16`, `256 x 256 only`); `floods`: the layers that see
+    everything, and so make a network not local.
+    """
+
+    engine: str
+    parameters: Annotated[int, Field(ge=0)]
+    flops_per_pixel: Annotated[float, Field(ge=0)]
+    sizes: str
+    floods: tuple[str, ...] = ()
+
+
 Step = Annotated[Affine | ClipPercentiles | Standardise | Fill, Field(discriminator="step")]
 
 
@@ -98,8 +134,9 @@ class Card(_Strict):
     """A model's promises. Sizes are in pixels, one for each of `axes`; see the design for the words.
 
     `spacing` (metres for `yx`, else millimetres) and `orientation` are None for the scene's own. `window` None means
-    any size; `reach` must be given exactly where `local` holds. `bytes_per_pixel`: what the engine holds for each
-    pixel of a window while it runs. Raises pydantic's ValidationError; `load_card` makes it a CardError.
+    any size; `reach` must be given exactly where `local` holds: one number for each axis, or a pair where a network
+    sees further before than after. `bytes_per_pixel`: what the engine holds for each pixel of a window while it runs.
+    Raises pydantic's ValidationError; `load_card` makes it a CardError.
     """
 
     name: Annotated[str, Field(pattern=r"^[\w.-]+$")]
@@ -116,14 +153,16 @@ class Card(_Strict):
     padding: Literal["symmetric", "edge", "zero"] = "symmetric"
     stride: tuple[int, ...]
     local: bool
-    reach: tuple[int, ...] | None = None
+    reach: tuple[int | tuple[int, int], ...] | None = None
     window: tuple[int, ...] | None = None
     fixed_window: bool = False
     overlap: tuple[int, ...] | None = None
+    weights: Weights = "cosine"
     activation: Literal["none", "softmax", "sigmoid"] = "none"
     classes: Annotated[tuple[ClassLabel, ...], Field(min_length=2)]
     label_nodata: Literal[255] = 255
     bytes_per_pixel: Annotated[float, Field(gt=0)] = 2000.0
+    probe: Probe | None = None
 
     @field_validator("classes")
     @classmethod
@@ -154,12 +193,20 @@ class Card(_Strict):
             raise ValueError(str(error)) from error
         return self
 
-    def sight(self, overlap: int | None = None) -> Sight:
-        """What the planner has to know; `overlap` (pixels) overrides the card's. Raises PlanError where it misfits."""
+    def sight(self, overlap: int | None = None, weights: Weights | None = None) -> Sight:
+        """What the planner has to know; `overlap` (pixels) and `weights` override the card's. Raises PlanError."""
         shared = self.overlap
         if overlap is not None and self.window is not None:
             shared = (overlap,) * len(self.axes)
-        return Sight(self.stride, self.reach, self.window, shared, self.fixed_window)
+        reach: Sides | None = None
+        if self.reach is not None:
+            reach = tuple(side if isinstance(side, tuple) else (side, side) for side in self.reach)
+        return Sight(self.stride, reach, self.window, shared, self.fixed_window, weights or self.weights)
+
+    @property
+    def binary(self) -> bool:
+        """Whether a network with a single output will do: the score of class 1, behind a sigmoid."""
+        return self.activation == "sigmoid" and len(self.classes) == 2
 
     def cost(self) -> Cost:
         """What a pixel costs the planner."""
@@ -226,12 +273,27 @@ def load_card(reference: str) -> Model:
         raise CardError(
             f"{reference!r} is no built-in model ({', '.join(built_in_models())}) and no folder with a card.json"
         ) from error
+    return Model(check_card(text, str(path)), path.parent)
+
+
+def check_network(fields: dict[str, Any]) -> Network:
+    """The class of a network and its arguments. Raises CardError for a class that is not allowed."""
     try:
-        card = Card.model_validate_json(text)
+        return Network.model_validate(fields)
+    except ValidationError as error:
+        raise CardError(
+            f"{fields.get('name')!r} is no network that segflow imports: those are segcore.model.unet.UNet, and the "
+            f"classes of monai.networks.nets and segmentation_models_pytorch; export others to ONNX and pack that"
+        ) from error
+
+
+def check_card(fields: str | dict[str, Any], where: str) -> Card:
+    """A card from its JSON text or its fields. Raises CardError with every fault."""
+    try:
+        return Card.model_validate_json(fields) if isinstance(fields, str) else Card.model_validate(fields)
     except ValidationError as error:
         faults = "; ".join(
             f"{'.'.join(map(str, fault['loc'])) or 'card'}: {fault['msg'].removeprefix('Value error, ')}"
             for fault in error.errors(include_url=False)
         )
-        raise CardError(f"{path}: {faults}") from error
-    return Model(card, path.parent)
+        raise CardError(f"{where}: {faults}") from error

@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime
 
 from segcore.errors import ModelError, one_line
+from segcore.model.probe import Probed
 from segcore.model.segmenter import Floats, Segmenter
 
 
@@ -19,7 +20,7 @@ class OnnxSegmenter:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what it would print is raised as well
         # Workers hold images beside the network; an arena that only grows would break the memory budget.
         options.enable_cpu_mem_arena = False
         available = onnxruntime.get_available_providers()
@@ -47,5 +48,20 @@ class OnnxSegmenter:
         return np.asarray(out, dtype=np.float32)
 
 
-def _conforms(segmenter: OnnxSegmenter) -> Segmenter:
-    return segmenter
+class OnnxProbe(OnnxSegmenter):
+    """An ONNX file under the probe: what its outputs depend on is bounded by its graph. Raises ModelError."""
+
+    def __init__(self, path: Path, channels: int, threads: int) -> None:
+        # Imported here: labelling tiles does without it.
+        from segcore.model.graph import OnnxGraph
+
+        graph = OnnxGraph(path, threads)  # first, for its messages are better
+        graph.channels = channels  # a file may leave them free
+        super().__init__(path, threads)
+        self.spatial: tuple[int | None, ...] | None = graph.spatial
+        self.parameters = graph.parameters
+        self.footprint, self.flooding, self.trace = graph.footprint, graph.flooding, graph.trace
+
+
+def _conforms(segmenter: OnnxSegmenter, probe: OnnxProbe) -> tuple[Segmenter, Probed]:
+    return segmenter, probe

@@ -1,0 +1,210 @@
+"""Borders between tiles: what they would change, measured on the scene itself.
+
+`measure_halo` finds the shortest halo that will do for a local network that sees very far; `report_seams` labels places
+of a finished product once more, with other borders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice, product
+from typing import Any
+
+import numpy as np
+
+from segcore.box import Box
+from segcore.errors import ProductError
+from segcore.io.source import Floats, Labels, Source
+from segcore.model.card import Card
+from segcore.model.segmenter import Segmenter
+from segcore.plan import Plan
+from segcore.scaling import Scaling
+from segcore.spec import Sides
+from segcore.tile import label_tile
+
+#: Difference of scores that rounding may make: engines may choose their arithmetic by the size of a window.
+SAME = 1e-4
+#: How many places of a scene are looked at.
+PLACES = 8
+#: Side of a place (pixels of the scene), by number of axes; at least two cells of the network's stride.
+_SIDE = {1: 256, 2: 64, 3: 24}
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A halo that will do: scores of `places` places changed by `change` at most, where `tolerance` was allowed.
+
+    `reach` is what the network really sees; `shorter` what scores change with the next shorter halo.
+    """
+
+    halo: Sides
+    reach: Sides
+    tolerance: float
+    places: int
+    change: float
+    shorter: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        sides = {"halo": [list(pair) for pair in self.halo], "reach": [list(pair) for pair in self.reach]}
+        rest = {"tolerance": self.tolerance, "places": self.places, "change": self.change, "shorter": self.shorter}
+        return sides | rest
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Measured:
+        halo, reach = (tuple((int(b), int(a)) for b, a in fields[key]) for key in ("halo", "reach"))
+        shorter = fields["shorter"]
+        numbers = float(fields["tolerance"]), int(fields["places"]), float(fields["change"])
+        return cls(halo, reach, *numbers, None if shorter is None else float(shorter))
+
+
+@dataclass(frozen=True, slots=True)
+class SeamReport:
+    """Places of a product, labelled again with other borders between tiles.
+
+    `pixels` valid pixels of `places` places; `labels` of them differ from the product's, `decided` of these where the
+    best scores are further apart than twice `allowed`; `change` is the largest difference of scores between a place in
+    one tile and the same place cut where the product's tiles end.
+    """
+
+    places: int
+    pixels: int
+    labels: int
+    decided: int
+    change: float
+    allowed: float
+
+    @property
+    def clean(self) -> bool:
+        """Whether tiles left no trace, but for what was allowed."""
+        return self.change <= self.allowed and self.decided == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Labeller:
+    """What it takes to label any box of a scene: everything but the box."""
+
+    plan: Plan
+    card: Card
+    source: Source
+    scaling: Scaling
+    segmenter: Segmenter
+
+    def __call__(self, core: Box) -> tuple[Labels, Floats, int]:
+        """Labels (*core), scores (K, *core) and the number of valid pixels."""
+        tile = self.plan.tile_of(core)
+        result = label_tile(tile, self.plan, self.card, self.source, self.scaling, self.segmenter)
+        return result.labels, result.scores, result.valid
+
+
+def measure_halo(labeller: Labeller, tolerance: float) -> Measured:
+    """The shortest halo with which no score of a sample of places changes by more than `tolerance`.
+
+    The places lie where tiles of the plan meet, the most varied of them first. What a halo changes is measured against
+    one of the network's whole reach; it is taken for good when all longer ones that were tried were good, too. Without
+    a valid pixel at any place it is the whole reach.
+    """
+    plan, full = labeller.plan, labeller.plan.sight.halo
+    stride = plan.sight.stride
+    places = []
+    for box in _varied(labeller, islice(_places(plan), 8 * PLACES)):
+        _, scores, valid = labeller(box)
+        if valid:
+            places.append((box, scores))
+        if len(places) == PLACES:
+            break
+
+    def shortened(cells: int) -> Sides:
+        found = (tuple(min(side, cells * s) for side in sides) for sides, s in zip(full, stride, strict=True))
+        return tuple((before, after) for before, after in found)
+
+    def change(cells: int) -> float:
+        shorter = replace(labeller, plan=plan.with_reach(shortened(cells)))
+        return max(_largest(scores, shorter(box)[1]) for box, scores in places)
+
+    most = max(side // s for sides, s in zip(full, stride, strict=True) for side in sides)
+    low, high, changes = -1, most, {most: 0.0}
+    while places and high - low > 1:
+        middle = (low + high) // 2
+        changes[middle] = change(middle)
+        low, high = (low, middle) if changes[middle] <= tolerance else (middle, high)
+    return Measured(
+        shortened(high), plan.sight.reach or full, tolerance, len(places), changes[high], changes.get(high - 1)
+    )
+
+
+def report_seams(labeller: Labeller, read_mask: Callable[[Box], Labels], allowed: float = SAME) -> SeamReport:
+    """Label a sample of places again, in one tile each and cut where tiles of the plan end, and compare.
+
+    `allowed`: difference of scores that does not count. Raises ProductError where no place has a valid pixel.
+    """
+    places = list(islice(_places(labeller.plan), PLACES))
+    pixels = differ = decided = seen = 0
+    change = 0.0
+    for box in places:
+        labels, scores, valid = labeller(box)
+        if not valid:
+            continue
+        cut_labels, cut_scores = np.empty_like(labels), np.empty_like(scores)
+        for piece in _pieces(box, labeller.plan):
+            at = piece.slices(box.start)
+            cut_labels[at], cut_scores[(slice(None), *at)], _ = labeller(piece)
+        mask = read_mask(box)
+        seen, pixels = seen + 1, pixels + valid
+        other = (mask != labels) | (mask != cut_labels)
+        second, best = np.sort(scores, axis=0)[-2:]
+        differ += int(np.count_nonzero(other))
+        decided += int(np.count_nonzero(other & ~(best - second <= 2 * allowed)))
+        change = max(change, _largest(scores, cut_scores))
+    if not seen:
+        raise ProductError(
+            f"none of {len(places)} places of {labeller.source.uri} has a valid pixel: nothing to compare"
+        )
+    return SeamReport(seen, pixels, differ, decided, change, allowed)
+
+
+def _places(plan: Plan) -> Iterator[Box]:
+    """Boxes around corners where tiles meet, evenly spread; of a scene of one tile, around points spread over it."""
+    ndim = len(plan.core)
+    side = tuple(max(_SIDE[ndim], 2 * s) for s in plan.sight.stride)
+    lines = []
+    for n, core, count in zip(plan.grid.shape, plan.core, plan.counts, strict=True):
+        cuts = [core * i for i in range(1, count)] or [n * k // 4 for k in (2, 1, 3)]
+        # First a few that are far apart, whatever their number.
+        steps = [round((k + 0.5) * len(cuts) / 8) % len(cuts) for k in (4, 1, 6, 2, 7, 0, 3, 5)]
+        lines.append(list(dict.fromkeys(cuts[step] for step in steps)))
+    corners = sorted(product(*(range(len(line)) for line in lines)), key=sum)
+    for corner in corners:
+        centre = [line[k] for line, k in zip(lines, corner, strict=True)]
+        start = tuple(max(0, c - s // 2) for c, s in zip(centre, side, strict=True))
+        stop = tuple(
+            min(n, max(a + 1, c + s - s // 2)) for a, c, s, n in zip(start, centre, side, plan.grid.shape, strict=True)
+        )
+        yield Box(start, stop)
+
+
+def _pieces(box: Box, plan: Plan) -> Iterator[Box]:
+    """The box, cut where tiles of the plan end, and through its middle along an axis where none does."""
+    parts = []
+    for a, b, core in zip(box.start, box.stop, plan.core, strict=True):
+        cuts = list(range(-(-(a + 1) // core) * core, b, core)) or ([(a + b) // 2] if b - a > 1 else [])
+        parts.append(list(zip([a, *cuts], [*cuts, b], strict=True)))
+    for ranges in product(*parts):
+        yield Box(tuple(a for a, _ in ranges), tuple(b for _, b in ranges))
+
+
+def _varied(labeller: Labeller, boxes: Iterator[Box]) -> list[Box]:
+    """Boxes by how much their pixels differ, the most varied first; boxes without two valid pixels last."""
+
+    def spread(box: Box) -> float:
+        values = labeller.source.read(box).reshape(len(labeller.source.channels), -1)
+        valid = values[:, ~np.isnan(values).any(axis=0)]
+        return float(valid.std(axis=1).mean()) if valid.shape[1] > 1 else -1.0
+
+    return sorted(boxes, key=spread, reverse=True)
+
+
+def _largest(one: Floats, other: Floats) -> float:
+    """The largest difference of two arrays of scores, at valid pixels."""
+    difference = np.abs(one - other)
+    return float(np.nanmax(difference)) if not np.isnan(difference).all() else 0.0
