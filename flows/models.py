@@ -53,7 +53,7 @@ def inspect_model(
     card = loaded.card
     found = probe(open_probe(loaded, usable_cores()), len(card.channels), len(card.axes))
     wrong = _contradictions(card, found)
-    held = None if wrong else bytes_per_pixel(model, _sizes_to_weigh(card, found), len(card.channels))
+    held = None if wrong else bytes_per_pixel(model, len(card.channels), found)
     if as_json:
         print(json.dumps(_facts(loaded, found, held, wrong), indent=2))
     else:
@@ -114,14 +114,6 @@ def _contradictions(card: Card, found: Sighting) -> list[str]:
     return wrong
 
 
-def _sizes_to_weigh(card: Card, found: Sighting) -> tuple[tuple[int, ...], ...]:
-    if found.sizes.fixed:
-        return (found.sizes.shape,)
-    side = {2: 512, 3: 96}[len(card.axes)]
-    shape = tuple(max(1, side // s) * s for s in found.stride)
-    return shape, (shape[0] * 2, *shape[1:])
-
-
 def _facts(loaded: Model, found: Sighting, held: float | None, wrong: list[str]) -> dict[str, Any]:
     sight = Sight(found.stride, found.reach)
     tiles = (
@@ -141,7 +133,7 @@ def _facts(loaded: Model, found: Sighting, held: float | None, wrong: list[str])
         "bytes_per_pixel": None if held is None else round(held, 1),
         "engine": found.engine,
     }
-    card = loaded.card.model_dump(mode="json", exclude_defaults=True)
+    card = loaded.card.model_dump(mode="json", exclude_unset=True)
     return {"digest": loaded.digest, "measured": measured, "contradictions": wrong, "card": card}
 
 

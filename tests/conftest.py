@@ -5,20 +5,24 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 from onnx import TensorProto, helper, numpy_helper
+from torch import nn
 
 from segcore import demo
 from segcore.execute import Workers
 from segcore.files import sha256_of
 from segcore.model.card import Card
+from segcore.model.pack import pack
+from segcore.model.unet import UNet
 
 settings.register_profile(
     "segflow",
@@ -172,4 +176,66 @@ def save_local_unet(
         bytes_per_pixel=200,
     )
     (folder / "card.json").write_text(described.model_dump_json(indent=2))
+    return folder
+
+
+def as_if_trained(module: nn.Module, seed: int = 0) -> nn.Module:
+    """A network with fixed random weights, the statistics of its batch norms among them, in evaluation mode."""
+    torch.manual_seed(seed)
+    for layer in module.modules():
+        if hasattr(layer, "reset_parameters"):
+            layer.reset_parameters()
+        if isinstance(layer, nn.BatchNorm2d | nn.BatchNorm3d):
+            assert layer.running_mean is not None
+            assert layer.running_var is not None
+            layer.running_mean.normal_(0, 0.3)
+            layer.running_var.uniform_(0.3, 1)
+    return module.eval()
+
+
+def decisive(module: UNet) -> nn.Module:
+    """The same, with scores that are far apart and classes that all occur."""
+    as_if_trained(module)
+    with torch.no_grad():
+        scores = module(torch.randn(1, module.in_channels, *(4 * n for n in module.stride)))
+        spread = 2 / scores.std(dim=tuple(range(2, scores.ndim))).flatten()
+        module.head.weight.mul_(spread.view(-1, *(1,) * (module.head.weight.ndim - 1)))
+        module.head.bias.mul_(spread)
+        module.head.bias.sub_(module(torch.randn(1, module.in_channels, *(4 * n for n in module.stride))).mean(
+            dim=(0, *range(2, scores.ndim))))  # fmt: skip
+    return module
+
+
+def draft(
+    axes: str = "yx", channels: Sequence[str] = ("c0", "c1"), classes: int = 3, **changes: object
+) -> dict[str, Any]:
+    """What a card says that cannot be measured."""
+    fields = {
+        "name": "packed",
+        "version": "1",
+        "license": "Apache-2.0",
+        "citation": "none",
+        "axes": axes,
+        "channels": [{"name": name} for name in channels],
+        "classes": [{"index": i, "name": f"class {i}", "color": [60 * i, 120, 255 - 60 * i]} for i in range(classes)],
+        "activation": "softmax",
+    }
+    return fields | changes
+
+
+@pytest.fixture(scope="session")
+def land_unet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A packed U-Net of four poolings for three bands of Sentinel-2: local, reach 94."""
+    module = decisive(UNet(dims=2, in_channels=3, classes=3, widths=[6, 8, 8, 8, 8]))
+    folder = tmp_path_factory.mktemp("models") / "land"
+    pack(module, draft(channels=("green", "red", "nir"), scaling=[{"step": "standardise"}]), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tissue_unet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A packed 3-D U-Net of three poolings for a T1 volume: local, reach 46."""
+    module = decisive(UNet(dims=3, in_channels=1, classes=3, widths=[4, 4, 6, 6]))
+    folder = tmp_path_factory.mktemp("models") / "tissue"
+    pack(module, draft("zyx", ("T1w",), scaling=[{"step": "standardise"}]), folder)
     return folder

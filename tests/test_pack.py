@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import as_if_trained, draft
 from onnx import TensorProto, helper, save
 from safetensors.torch import save_file
 from torch import nn
@@ -28,28 +29,8 @@ OURS = Network(
 )
 
 
-def draft(axes: str = "yx", channels: int = 2, classes: int = 3, **changes: object) -> dict:
-    fields = {
-        "name": "packed",
-        "version": "1",
-        "license": "Apache-2.0",
-        "citation": "none",
-        "axes": axes,
-        "channels": [{"name": f"c{i}"} for i in range(channels)],
-        "classes": [{"index": i, "name": f"class {i}", "color": [i, i, i]} for i in range(classes)],
-        "activation": "softmax",
-    }
-    return fields | changes
-
-
-def unet(seed: int = 0) -> UNet:
-    torch.manual_seed(seed)
-    module = UNet(**OURS.arguments).eval()
-    for layer in module.modules():  # as if it had been trained
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.running_mean.normal_()
-            layer.running_var.uniform_(0.5, 2)
-    return module
+def unet() -> nn.Module:
+    return as_if_trained(UNet(**OURS.arguments))
 
 
 def agrees(model: Model, module: nn.Module, ndim: int = 2, channels: int = 2) -> None:
@@ -99,7 +80,7 @@ def test_networks_of_monai(tmp_path: Path, norm: str, ndim: int) -> None:
     module = nets.BasicUNet(**arguments).eval()
     save_file(module.state_dict(), tmp_path / "weights.safetensors")
     network = Network(name="monai.networks.nets.BasicUNet", arguments=arguments)
-    packed = pack(tmp_path / "weights.safetensors", draft("zyx"[-ndim:], 1), tmp_path / "model", network)
+    packed = pack(tmp_path / "weights.safetensors", draft("zyx"[-ndim:], ("T1w",)), tmp_path / "model", network)
     card = packed.model.card
     assert len(card.artifacts) == 3
     agrees(packed.model, module, ndim, 1)
@@ -308,7 +289,7 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     with pytest.raises(CardError, match="3 scores for each pixel, and the draft names 4 classes"):
         pack(path, draft(classes=4), tmp_path / "model", OURS)
     with pytest.raises(ModelError, match="takes no image of 5 channels"):
-        pack(path, draft(channels=5), tmp_path / "model", OURS)
+        pack(path, draft(channels="abcde"), tmp_path / "model", OURS)
     with pytest.raises(CardError, match="classes"):
         pack(path, draft(classes=1), tmp_path / "model", OURS)
     assert not (tmp_path / "model").exists()

@@ -34,6 +34,7 @@ from segcore.model.card import Artifact, Card, Model, Network, check_card
 from segcore.model.graph import copy_whole
 from segcore.model.onnx import OnnxProbe
 from segcore.model.probe import Probed, Sighting, bytes_per_pixel, probe
+from segcore.model.segmenter import Floats
 from segcore.model.torch import TorchProbe, build, load_module
 from segcore.spec import times, usable_cores
 
@@ -186,9 +187,8 @@ def _fill(
             f"`window` to the size that it was trained on"
         )
     # The card is written twice: a process that measures the memory has to load the model.
-    shapes = tuple(example.shape[2:] for example in _examples(sighting, channels, (2, 3)))
     _write_card(folder, _card(about, draft, sighting, artifacts))
-    held = bytes_per_pixel(str(folder), shapes, channels)
+    held = bytes_per_pixel(str(folder), channels, sighting)
     card = _card(about, draft, sighting, artifacts, bytes_per_pixel=float(f"{held:.3g}"))
     _write_card(folder, card)
     return Packed(Model(card, folder), sighting, tuple(notes))
@@ -240,9 +240,7 @@ def _window(found: Sighting) -> tuple[int, ...]:
     return tuple(max(1, side // s) * s for s in found.stride)
 
 
-def _examples(
-    found: Sighting, channels: int, cells: tuple[int, ...] = (0, 1, 2)
-) -> list[np.ndarray[Any, np.dtype[np.float32]]]:
+def _examples(found: Sighting, channels: int) -> list[Floats]:
     """Noise of several sizes that the network accepts: `sizes.shape` and some cells more, differently by axis."""
     rng = np.random.default_rng(0)
     shapes = [
@@ -250,12 +248,12 @@ def _examples(
             n + (k + a) * s * bool(k) * bool(m)
             for a, (n, s, m) in enumerate(zip(found.sizes.shape, found.stride, found.sizes.multiple, strict=True))
         )
-        for k in cells
+        for k in range(3)
     ]
     return [rng.standard_normal((1, channels, *shape)).astype(np.float32) for shape in dict.fromkeys(shapes)]
 
 
-def _verify(model: Model, original: Probed, examples: list[np.ndarray[Any, np.dtype[np.float32]]]) -> None:
+def _verify(model: Model, original: Probed, examples: list[Floats]) -> None:
     """Compare the scores of a packed artifact with the original's. Raises ModelError where they differ."""
     segmenter = load_segmenter(model, usable_cores())
     for example in examples:
@@ -336,5 +334,5 @@ def _quiet(what: str) -> Iterator[None]:
 
 
 def _write_card(folder: Path, card: Card) -> None:
-    text = json.dumps(card.model_dump(mode="json", exclude_defaults=True), indent=2, ensure_ascii=False)
+    text = json.dumps(card.model_dump(mode="json", exclude_unset=True), indent=2, ensure_ascii=False)
     (folder / "card.json").write_text(text + "\n", encoding="utf-8")

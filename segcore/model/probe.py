@@ -215,53 +215,57 @@ def _reach(
     return tuple(found), ()
 
 
-def bytes_per_pixel(reference: str, shapes: tuple[tuple[int, ...], ...], channels: int) -> float:
+def bytes_per_pixel(model: str, channels: int, found: Sighting) -> float:
     """What the engine holds for each pixel of a window, in bytes, at its peak; measured in a process of its own.
 
-    The steepest of the lines from the process at rest to its peak, over images of these shapes. The peak of a process
-    can be set back on Linux only. Raises ModelError.
+    `model`: a built-in name or a folder. Two sizes are run, and the second counts, by what it holds over the process at
+    rest or over the first, whichever is more: heaps keep what they had, and a prediction should be no less than the
+    truth. Where the peak of a process cannot be set back (on Linux it can), the larger image comes last. Raises
+    ModelError.
     """
-    request = json.dumps({"reference": reference, "channels": channels, "shapes": shapes})
+    shapes = [found.sizes.shape, found.sizes.shape]
+    if not found.sizes.fixed:
+        side = {1: 2**18, 2: 512, 3: 64}[len(found.stride)]
+        small = tuple(max(1, side // s) * s for s in found.stride)
+        shapes = [small, tuple(2 * n for n in small)]
+    request = json.dumps({"model": model, "channels": channels, "shapes": shapes})
     child = subprocess.run(
         [sys.executable, "-m", "segcore.model.probe"], input=request, capture_output=True, text=True, check=False
     )
     if child.returncode:
-        reason = (child.stderr.strip().splitlines() or [f"exit code {child.returncode}"])[-1]
-        raise ModelError(f"cannot measure the memory of {reference}: {reason}")
-    return float(child.stdout)
+        reason = (child.stderr.strip().splitlines() or [f"it ended with {child.returncode}"])[-1]
+        raise ModelError(f"cannot measure the memory of {model}: {reason}")
+    first, second = (float(held) for held in json.loads(child.stdout))
+    pixels = math.prod(shapes[1])
+    steeper = 0.0 if found.sizes.fixed else (second - first) / (pixels - math.prod(shapes[0]))
+    return max(4.0 * channels, steeper, max(first, second) / pixels)
 
 
 def _measure_memory() -> None:
-    """The child of `bytes_per_pixel`."""
-    import resource
-
+    """The child of `bytes_per_pixel`: what is held at the peak over the process at rest, in bytes, for each shape."""
     from segcore.model import load_segmenter
     from segcore.model.card import load_card
     from segcore.spec import usable_cores
 
-    def status(key: str) -> int:
-        text = Path("/proc/self/status").read_text()
-        return int(text.partition(f"{key}:")[2].split()[0]) * 1024
-
     request = json.load(sys.stdin)
-    segmenter = load_segmenter(load_card(request["reference"]), usable_cores())
-    linux = Path("/proc/self/clear_refs").exists()
-    most = 0.0
-    for shape in request["shapes"]:
-        image = _noise((1, request["channels"], *shape))
-        if linux:
-            with contextlib.suppress(OSError):
-                Path("/proc/self/clear_refs").write_text("5")
-            rest = status("VmRSS")
-            segmenter(image)
-            peak = status("VmHWM")
-        else:
-            unit = 1 if sys.platform == "darwin" else 1024
-            rest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-            segmenter(image)
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        most = max(most, (peak - rest) / math.prod(shape))
-    sys.stdout.write(str(most))
+    segmenter = load_segmenter(load_card(request["model"]), usable_cores())
+    images = [_noise((1, request["channels"], *shape)) for shape in request["shapes"]]
+    rest, peaks = _held("VmRSS"), []
+    for image in images:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+        segmenter(image)
+        peaks.append(_held("VmHWM") - rest)
+    sys.stdout.write(json.dumps(peaks))
+
+
+def _held(key: str) -> int:
+    """Bytes that this process holds now (`VmRSS`) or held at its peak (`VmHWM`); without /proc always the latter."""
+    with contextlib.suppress(OSError):
+        return int(Path("/proc/self/status").read_text().partition(f"{key}:")[2].split()[0]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _noise(shape: tuple[int, ...], seed: int = 0) -> Floats:
