@@ -11,7 +11,8 @@ from conftest import card, save_local_unet
 
 from segcore.errors import CardError, ModelError
 from segcore.model import load_segmenter
-from segcore.model.card import Card, built_in_models, load_card
+from segcore.model.card import built_in_models, check_card, load_card
+from segcore.model.pack import MEASURED
 
 
 @pytest.fixture
@@ -112,7 +113,7 @@ def test_the_digest_follows_card_and_weights(folder: Path) -> None:
 
 
 def test_engines_refuse_what_is_not_theirs(folder: Path) -> None:
-    for kind, words in (("torchscript", "TorchScript"), ("onnx", "ONNX Runtime")):
+    for kind, words in (("torchscript", "as torchscript"), ("onnx", "ONNX Runtime")):
         bad = folder / "bad.bin"
         bad.write_bytes(b"nonsense")
         import hashlib
@@ -146,7 +147,10 @@ def test_a_card_round_trips() -> None:
     assert type(original).model_validate_json(original.model_dump_json()) == original
 
 
-def test_the_example_in_the_readme_is_a_card() -> None:
+def test_the_example_in_the_readme_is_the_draft_of_a_card() -> None:
     text = (Path(__file__).parent.parent / "README.md").read_text()
-    example = text.partition("```json\n")[2].partition("```")[0].replace('"…"', f'"{"0" * 64}"')
-    assert Card.model_validate_json(example).sight().reach == ((107, 107), (107, 107))
+    draft = json.loads(text.partition("```json\n")[2].partition("```")[0])
+    assert not set(draft) & set(MEASURED)
+    artifact = {"format": "onnx", "path": "water.onnx", "sha256": "0" * 64}
+    measured = {"artifacts": [artifact], "stride": [16, 16], "local": True, "reach": [94, [94, 90]]}
+    assert check_card(draft | measured, "README.md").sight().reach == ((94, 94), (94, 90))

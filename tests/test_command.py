@@ -118,7 +118,9 @@ def test_a_truncated_volume(tmp_path: Path, head: Path, run_segflow: Run) -> Non
         (["-m", CLOUDS, "--memory", "1MiB"], "budget; use --memory"),
         (["-m", CLOUDS, "--tile", "0"], "--tile 0"),
         (["-m", CLOUDS, "--mode", "exact"], "use --mode blend"),
-        (["-m", CLOUDS, "--overlap", "100"], "multiple of the stride 32"),
+        (["-m", CLOUDS, "--overlap", "256"], "must be 0 to 255 pixels"),
+        (["-m", CLOUDS, "--tolerance", "0.01"], "--tolerance needs a local network"),
+        (["-m", CLOUDS, "--tolerance", "2"], "between 0 and 1"),
         (["-m", CLOUDS, "--cluster", "tcp://127.0.0.1:9"], "no dask scheduler answers"),
     ],
 )
@@ -196,8 +198,13 @@ def test_models_are_listed_and_inspected(run_segflow: Run) -> None:
     listed = json.loads(run_segflow("model", "list", "--json").stdout)["models"]
     assert len(listed) == 5
     assert "deepbet" in run_segflow("model", "list").stdout
-    shown = json.loads(run_segflow("model", "inspect", "deepbet").stdout)
+    shown = json.loads(run_segflow("model", "inspect", "deepbet", "--json").stdout)
     assert shown["card"]["orientation"] == "RAS"
+    assert shown["contradictions"] == []
+    assert shown["measured"]["floods"] == ["instance_norm (34 times)"]
+    table = run_segflow("model", "inspect", "ukis-csmask-4b-l2a").stdout
+    assert "256 x 256 only" in table
+    assert "GlobalAveragePool" in table
     assert run_segflow("--version").stdout.startswith("segflow ")
 
 

@@ -21,7 +21,7 @@ import rasterio
 from conftest import save_local_unet, segflow_command
 from rasterio.transform import from_origin
 
-from segcore.errors import PlanError, ProductError, SceneError
+from segcore.errors import ModelError, PlanError, ProductError, SceneError
 from segcore.execute import Workers
 from segcore.files import sha256_of
 from segcore.scene import HIDDEN, segment_scene, survey
@@ -317,19 +317,21 @@ def test_damaged_scratch_is_begun_anew(tmp_path: Path, raster: Path, model: str,
 def test_deeper_networks_leave_no_seam(
     tmp_path: Path, raster: Path, workers: Workers, poolings: int, convolutions: int
 ) -> None:
-    """Scores of small tiles equal those of the whole, and do not where the card counts convolutions only."""
+    """Scores of small tiles equal those of the whole; a card with a shorter reach is refused."""
     shape = {"poolings": poolings, "convolutions": convolutions}
     stride = 2**poolings
     bare = convolutions * (2 * (stride - 1) + stride)
     scores = {}
-    for name, reach, tile in (("whole", None, None), ("tiled", None, 48), ("short", bare - stride, 48)):
-        folder = save_local_unet(tmp_path / f"unet-{name}", "yx", ("red", "nir"), reach=reach, **shape)
+    folder = save_local_unet(tmp_path / "unet", "yx", ("red", "nir"), **shape)
+    for name, tile in (("whole", None), ("tiled", 48)):
         out = tmp_path / name
         segment_scene(job(raster, str(folder), out, tile=tile, scores=True), workers)
         with rasterio.open(out / "scene_1" / "scene_1_scores.tif") as file:
             scores[name] = np.nan_to_num(file.read())
     assert np.array_equal(scores["whole"], scores["tiled"])
-    assert not np.array_equal(scores["whole"], scores["short"])
+    short = save_local_unet(tmp_path / "short", "yx", ("red", "nir"), reach=bare - stride, **shape)
+    with pytest.raises(ModelError, match="sees further than its card says"):
+        segment_scene(job(raster, str(short), tmp_path / "short-out", tile=48), workers)
 
 
 def test_files_of_an_older_product_go_even_after_a_kill_in_the_commit(
