@@ -21,7 +21,7 @@ from flows.batch import NOTHING_RUN, Summary, find_jobs, run_batch
 from flows.console import Reporter, reporting
 from flows.models import AsJson, models
 from segcore.errors import PlanError, SegcoreError, one_line
-from segcore.spec import Job, Settings, format_bytes, parse_bytes, times
+from segcore.spec import Job, Settings, format_bytes, in_words, parse_bytes, times
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -313,7 +313,7 @@ def _mode_sentence(facts: dict[str, Any]) -> str:
     if facts["mode"] == "blend":
         windows = f"windows of {times(facts['window'])} every {times(facts['step'])} pixels"
         return f"blend, {windows}, {facts['weights']} weights"
-    halo = times("+".join(map(str, sorted(set(sides)))) for sides in facts["halo"])
+    halo = in_words(tuple((before, after) for before, after in facts["halo"]))
     if facts["mode"] == "exact":
         return f"exact, halo {halo} pixels"
     return f"measured: a halo of at most {halo} pixels, to be shortened on the scene itself"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,15 +11,15 @@ from rich.console import Console
 from rich.table import Table
 
 from segcore.errors import CardError
-from segcore.model.card import Card, Model, Network, built_in_models, check_network, load_card
-from segcore.model.probe import Sighting, bytes_per_pixel, probe
-from segcore.spec import Sight, times, usable_cores
+from segcore.model.card import Model, NetworkClass, built_in_models, check_network, load_card
+from segcore.model.inspect import contradictions, mode_in_words, work_of_cores
+from segcore.model.memory import bytes_per_pixel
+from segcore.model.probe import Sighting, probe
+from segcore.spec import Sight, in_words, times, usable_cores
 
 models = typer.Typer(no_args_is_help=True, help="The models that are built in, and your own.")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-#: Cores for which the overhead of exact tiling is shown (pixels), by number of axes.
-_CORES = {2: (512, 1024, 2048, 4096), 3: (64, 128, 256)}
 
 
 @models.command("list")
@@ -47,13 +46,15 @@ def inspect_model(
 
     Exit code 1 where the card promises something else.
     """
-    from segcore.model import open_probe
+    from segcore.model import open_network
 
     loaded = load_card(model)
     card = loaded.card
-    found = probe(open_probe(loaded, usable_cores()), len(card.channels), len(card.axes))
-    wrong = _contradictions(card, found)
-    held = None if wrong else bytes_per_pixel(model, len(card.channels), found)
+    found = probe(open_network(loaded, usable_cores()), len(card.channels), len(card.axes))
+    wrong = contradictions(card, found)
+    # A network that does not keep its card's promise does not load to be measured.
+    held = None if wrong else bytes_per_pixel(model, len(card.channels), found, card.window)
+    wrong += contradictions(card, found, held)
     if as_json:
         print(json.dumps(_facts(loaded, found, held, wrong), indent=2))
     else:
@@ -82,7 +83,7 @@ def pack_model(
         raise CardError(f"{card} or --arguments cannot be read as JSON: {error}") from error
     if not isinstance(draft, dict) or not isinstance(given, dict):
         raise CardError(f"{card} and --arguments must each be a JSON object, in braces")
-    described: Network | None = None
+    described: NetworkClass | None = None
     if network is not None:
         described = check_network({"name": network, "arguments": given})
     from segcore.model.pack import pack
@@ -98,27 +99,9 @@ def pack_model(
     print(f"packed into {out}: {', '.join(artifact.path for artifact in packed.model.card.artifacts)}")
 
 
-def _contradictions(card: Card, found: Sighting) -> list[str]:
-    """Where a card promises what the network does not keep."""
-    wrong = []
-    if any(promised % s for promised, s in zip(card.stride, found.stride, strict=True)):
-        wrong.append(f"it gives a stride of {times(card.stride)}, and the network's is {times(found.stride)}")
-    elif card.local and found.reach is None:
-        wrong.append(f"it says that the network is local, and it is not ({'; '.join(found.floods)})")
-    elif card.local and found.reach is not None:
-        pairs = zip(card.sight().halo, Sight(card.stride, found.reach).halo, strict=True)
-        if any(mine < true for promised, needed in pairs for mine, true in zip(promised, needed, strict=True)):
-            wrong.append(f"it gives a reach of {_reach_in_words(card.sight())}, and the network's is {_reach(found)}")
-    if found.sizes.fixed and not card.fixed_window:
-        wrong.append(f"the network takes images of {found.sizes}, and it does not say `fixed_window`")
-    return wrong
-
-
 def _facts(loaded: Model, found: Sighting, held: float | None, wrong: list[str]) -> dict[str, Any]:
     sight = Sight(found.stride, found.reach)
-    tiles = (
-        {} if found.reach is None else {str(side): round(_work(sight, side), 3) for side in _CORES[len(sight.stride)]}
-    )
+    work = {str(side): round(factor, 3) for side, factor in work_of_cores(sight).items()}
     measured = {
         "sizes": str(found.sizes),
         "stride": list(found.stride),
@@ -126,8 +109,8 @@ def _facts(loaded: Model, found: Sighting, held: float | None, wrong: list[str])
         "reach": None if found.reach is None else [list(sides) for sides in found.reach],
         "floods": list(found.floods),
         "halo": None if found.reach is None else [list(sides) for sides in sight.halo],
-        "work_by_core": tiles,
-        "auto": _auto(loaded.card, found),
+        "work_by_core": work,
+        "auto": mode_in_words(loaded.card),
         "parameters": found.parameters,
         "flops_per_pixel": round(found.flops_per_pixel, 1),
         "bytes_per_pixel": None if held is None else round(held, 1),
@@ -150,11 +133,11 @@ def _show(loaded: Model, found: Sighting, held: float | None) -> None:
     else:
         sight = Sight(found.stride, found.reach)
         table.add_row("local", "yes")
-        table.add_row("reach", f"{_reach(found)} pixels")
-        table.add_row("halo", f"{times('+'.join(map(str, dict.fromkeys(sides))) for sides in sight.halo)} pixels")
-        work = ", ".join(f"{_work(sight, side):.2f} at {side}" for side in _CORES[len(sight.stride)])
+        table.add_row("reach", f"{in_words(found.reach)} pixels")
+        table.add_row("halo", f"{in_words(sight.halo)} pixels")
+        work = ", ".join(f"{factor:.2f} at {side}" for side, factor in work_of_cores(sight).items())
         table.add_row("work", f"{work} (pixels computed for each pixel of a tile's core, by its side)")
-    table.add_row("auto", _auto(card, found))
+    table.add_row("auto", mode_in_words(card))
     table.add_row("parameters", f"{found.parameters:,}")
     table.add_row("operations", f"{found.flops_per_pixel:,.0f} for each pixel")
     if held is not None:
@@ -162,23 +145,3 @@ def _show(loaded: Model, found: Sighting, held: float | None) -> None:
             "memory", f"{held:,.0f} bytes for each pixel of a window (the card says {card.bytes_per_pixel:g})"
         )
     Console().print(table)
-
-
-def _work(sight: Sight, side: int) -> float:
-    return math.prod((side + before + after) / side for before, after in sight.halo)
-
-
-def _auto(card: Card, found: Sighting) -> str:
-    if found.reach is not None and not found.sizes.fixed:
-        return "exact: the whole scene in one tile if it fits, else tiles with a halo"
-    if card.window is not None:
-        return f"blend: windows of {times(card.window)} every {times(card.sight().step)} pixels"
-    return "the whole scene in one tile: it is not local, and its card has no window"
-
-
-def _reach(found: Sighting) -> str:
-    return _reach_in_words(Sight(found.stride, found.reach))
-
-
-def _reach_in_words(sight: Sight) -> str:
-    return times("+".join(map(str, dict.fromkeys(sides))) for sides in sight.reach or ())

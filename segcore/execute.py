@@ -12,7 +12,7 @@ import pickle
 import threading
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from itertools import islice
@@ -30,9 +30,8 @@ from segcore.model.card import Model
 from segcore.model.segmenter import Segmenter
 from segcore.plan import TILES_IN_FLIGHT, Index, Plan
 from segcore.scaling import Scaling
-from segcore.seams import Labeller
 from segcore.spec import usable_cores
-from segcore.tile import label_tile
+from segcore.tile import Labeller
 
 #: A batch of tiles should be worth this long (seconds), so that scheduling (some 4 ms) stays in the noise.
 BATCH_SECONDS = 0.5
@@ -100,6 +99,11 @@ class Bench(WorkerPlugin):  # type: ignore[misc]
         """The network of a model, loaded on first use."""
         with self._lock:
             return _recent(self._segmenters, model.digest, lambda: load_segmenter(model, self._threads), keep=2)
+
+    def labeller(self, recipe: Recipe) -> Labeller:
+        """What labels the tiles of a recipe here."""
+        segmenter = self.segmenter(recipe.model)
+        return Labeller(recipe.plan, recipe.model.card, recipe.source, recipe.scaling, segmenter)
 
     @contextlib.contextmanager
     def working(self, key: str) -> Iterator[None]:
@@ -197,7 +201,7 @@ def label_tiles(recipe: Recipe, todo: Iterable[Index], workers: Workers) -> Iter
             running[future] = batch
             ended.add(future)
 
-    try:
+    with _connected(workers, key, running):
         most = workers.threads + 1
         fill()
         while running:
@@ -208,7 +212,7 @@ def label_tiles(recipe: Recipe, todo: Iterable[Index], workers: Workers) -> Iter
             except (Exception, CancelledError) as error:
                 for index in batch:
                     attempts[index] += 1
-                    _refuse_hopeless(index, attempts[index], error)
+                    _refuse_hopeless(f"tile {index}", attempts[index], error)
                 again.extend(batch)
                 time.sleep(0.2)
             else:
@@ -216,6 +220,40 @@ def label_tiles(recipe: Recipe, todo: Iterable[Index], workers: Workers) -> Iter
                 size = min(256, max(1, round(BATCH_SECONDS / max(seconds, 1e-6))))
                 yield from reports
             fill()
+
+
+def run_once(recipe: Recipe, workers: Workers, work: Callable[[Labeller], T]) -> T:
+    """Run a piece of work on one worker, which has scene and model open as for its tiles.
+
+    It is tried again as tiles are. Raises its error when it failed for good, or ModelError with a lost scheduler.
+    """
+    key, packed = uuid4().hex, pickle.dumps(recipe)
+    running: list[Future] = []
+    with _connected(workers, key, running):
+        for attempt in range(1, ATTEMPTS + 1):
+            running[:] = [workers.client.submit(_work_once, key, packed, work, pure=False)]
+            try:
+                found: T = running[0].result()
+            except (Exception, CancelledError) as error:
+                _refuse_hopeless("what is measured on the scene", attempt, error)
+                time.sleep(0.2)
+            else:
+                return found
+    raise AssertionError("the last attempt raises")
+
+
+def _work_once(key: str, packed: bytes, work: Callable[[Labeller], T]) -> T:
+    """Runs on a worker."""
+    bench: Bench = get_worker().plugins[_PLUGIN]
+    with bench.working(key), bench.places:
+        return work(bench.labeller(bench.recipe(key, packed)))
+
+
+@contextlib.contextmanager
+def _connected(workers: Workers, key: str, running: Collection[Future]) -> Iterator[None]:
+    """While a pass is under way: says so when the scheduler is lost, and stops what still runs when it ends."""
+    try:
+        yield
     except Exception as error:
         if isinstance(error, SegcoreError) or workers.client.status == "running":
             raise
@@ -227,25 +265,6 @@ def label_tiles(recipe: Recipe, todo: Iterable[Index], workers: Workers) -> Iter
         with contextlib.suppress(Exception):  # what went wrong before matters more
             workers.client.cancel(list(running))
             _wait_until_stopped(workers, key)
-
-
-def run_once(recipe: Recipe, workers: Workers, work: Callable[[Labeller], T]) -> T:
-    """Run a piece of work on one worker, which has scene and model open as for its tiles. Raises what it raises."""
-    future = workers.client.submit(_work_once, uuid4().hex, pickle.dumps(recipe), work, pure=False)
-    try:
-        found: T = future.result()
-    except (KilledWorker, CancelledError) as error:
-        raise ModelError(f"a worker died: {one_line(error)}; run again", retryable=True) from error
-    return found
-
-
-def _work_once(key: str, packed: bytes, work: Callable[[Labeller], T]) -> T:
-    """Runs on a worker."""
-    bench: Bench = get_worker().plugins[_PLUGIN]
-    with bench.working(key), bench.places:
-        recipe = bench.recipe(key, packed)
-        segmenter = bench.segmenter(recipe.model)
-        return work(Labeller(recipe.plan, recipe.model.card, recipe.source, recipe.scaling, segmenter))
 
 
 def _wait_until_stopped(workers: Workers, key: str, timeout: float = 60) -> None:
@@ -274,20 +293,20 @@ def _label_batch(key: str, packed: bytes, batch: list[Index]) -> list[TileReport
     reports = []
     with bench.working(key):
         recipe = bench.recipe(key, packed)
-        segmenter = bench.segmenter(recipe.model)
+        labeller = bench.labeller(recipe)
         for index in batch:
             if bench.stopped(key):
                 break
             with bench.places:
-                reports.append(_label_one(recipe, index, segmenter))
+                reports.append(_label_one(labeller, index, recipe.scratch))
     return reports
 
 
-def _label_one(recipe: Recipe, index: Index, segmenter: Segmenter) -> TileReport:
-    tile = recipe.plan.tile(index)
-    result = label_tile(tile, recipe.plan, recipe.model.card, recipe.source, recipe.scaling, segmenter)
+def _label_one(labeller: Labeller, index: Index, scratch: Scratch) -> TileReport:
+    tile = labeller.plan.tile(index)
+    result = labeller(tile)
     began = time.perf_counter()
-    recipe.scratch.write(index, tile.core, result.labels, result.scores)
+    scratch.write(index, tile.core, result.labels, result.scores)
     return TileReport(
         index,
         result.valid,
@@ -296,17 +315,17 @@ def _label_one(recipe: Recipe, index: Index, segmenter: Segmenter) -> TileReport
         result.infer_seconds,
         result.label_seconds,
         time.perf_counter() - began,
-        segmenter.engine,
+        labeller.segmenter.engine,
     )
 
 
-def _refuse_hopeless(index: Index, attempts: int, error: BaseException) -> None:
-    """Raises when a tile is not to be tried again."""
+def _refuse_hopeless(what: str, attempts: int, error: BaseException) -> None:
+    """Raises when something is not to be tried again."""
     if isinstance(error, SegcoreError) and (not error.retryable or attempts >= ATTEMPTS):
         raise error
     if attempts >= ATTEMPTS:
         raise ModelError(
-            f"tile {index} failed {attempts} times, at last with {type(error).__name__}: {one_line(error)}",
+            f"{what} failed {attempts} times, at last with {type(error).__name__}: {one_line(error)}",
             retryable=isinstance(error, (KilledWorker, CancelledError, OSError, MemoryError)),
         ) from error
 

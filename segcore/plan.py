@@ -66,7 +66,8 @@ class Plan:
     """The tiling of one scene.
 
     `grid`: the scene's; `canvas`: shape of the network's grid (pixels); `core`: shape of a core on the scene's grid;
-    `memory`: predicted peak of one worker process, in bytes. Tiles are made on demand, so a plan of a million of
+    `memory`: predicted peak of one worker process, in bytes; `shortened`: a halo that was measured, instead of the one
+    that the network's reach asks for. Tiles are made on demand, so a plan of a million of
     them is as small as a plan of one.
     """
 
@@ -76,6 +77,7 @@ class Plan:
     mode: Literal["exact", "measured", "blend"]
     core: tuple[int, ...]
     memory: int
+    shortened: Sides | None = None
 
     @property
     def rescale(self) -> Rescale:
@@ -96,11 +98,13 @@ class Plan:
     @property
     def halo(self) -> Sides:
         """What a window shows before and after its target, in pixels of the network's grid (none in blend mode)."""
-        return ((0, 0),) * len(self.core) if self.mode == "blend" else self.sight.halo
+        if self.mode == "blend":
+            return ((0, 0),) * len(self.core)
+        return self.shortened or self.sight.halo
 
-    def with_reach(self, reach: Sides) -> Plan:
-        """The same tiles for a network taken to see less: windows get smaller, and nothing else changes."""
-        return replace(self, sight=replace(self.sight, reach=reach))
+    def with_halo(self, halo: Sides | None) -> Plan:
+        """The same tiles with another halo, in multiples of the stride; with that of the whole reach for None."""
+        return replace(self, shortened=halo)
 
     @property
     def window_counts(self) -> tuple[int, ...]:
@@ -125,7 +129,7 @@ class Plan:
         if self.mode == "blend":
             windows = tuple(map(self._window, product(*self._window_ranges(target))))
         else:
-            windows = (self._whole_window(target),)
+            windows = (self._halo_window(target),)
         return Tile(index, core, self._read(windows[0] | windows[-1]), target, windows)
 
     def _target(self, core: Box) -> Box:
@@ -136,7 +140,7 @@ class Plan:
         """What windows within this hull are made of, on the scene's grid."""
         return self.rescale.support(mirrored(hull, self.canvas))
 
-    def _whole_window(self, target: Box) -> Box:
+    def _halo_window(self, target: Box) -> Box:
         """The target and its halo, on multiples of the stride, and never past the border of the scene.
 
         There it ends where the whole scene, padded to the stride, would end, so that the network pads a tile where
@@ -168,7 +172,7 @@ class Plan:
         """Pixels that the network computes, relative to the scene's (1.00: not one of them twice)."""
         # What is computed along one axis does not depend on the others: it is added up per axis, not per tile.
         if self.mode != "blend":
-            lengths = [sum(self._whole_window(t).shape[axis] for t in self._along(axis)) for axis in self._axes]
+            lengths = [sum(self._halo_window(t).shape[axis] for t in self._along(axis)) for axis in self._axes]
             return prod(lengths) / prod(self.canvas)
         assert self.sight.window is not None
         counts = [sum(len(self._window_ranges(t)[axis]) for t in self._along(axis)) for axis in self._axes]
@@ -310,7 +314,7 @@ def _predict_memory(plan: Plan, cost: Cost) -> int:
     core = plan.core_box(tuple((n - 1) // 2 for n in plan.counts))
     target = plan._target(core)
     if plan.mode != "blend":
-        hull = window = plan._whole_window(target)
+        hull = window = plan._halo_window(target)
         count = 1
     else:
         ranges = plan._window_ranges(target)

@@ -36,11 +36,13 @@ from segcore.model.card import Card, Model, load_card
 from segcore.plan import Plan, make_plan
 from segcore.publish import ClassShare, class_shares, is_current, legend_of, manifest_path, publish, read_manifest
 from segcore.scaling import Scaling, fit_scaling
-from segcore.seams import SAME, Labeller, Measured, SeamReport, measure_halo, report_seams
-from segcore.spec import Job, Settings, times, usable_cores
+from segcore.seams import Measured, SeamReport, measure_halo, report_seams
+from segcore.spec import SAME_SCORES, Job, Settings, times, usable_cores
+from segcore.tile import Labeller
 
-#: Raised whenever a change of this code may change a pixel of a product: old products are then made again.
-PIXEL_VERSION = 1
+#: Raised whenever a change of this code may change a pixel of a product: old products are then made again. Where a halo
+#: is measured, that also goes for what is looked at (`segcore.seams`) and for `MEASURED_CORE`.
+PIXEL_VERSION = 2
 #: How long to wait for another run that has the same scene in work.
 LOCK_SECONDS = 600.0
 #: Folder inside the output folder for what is not finished.
@@ -143,7 +145,7 @@ def segment_scene(job: Job, workers: Workers, progress: Progress = lambda *_: No
             recipe = Recipe(plan, prospect.model, source, scaling, scratch)
             halo = _measure_halo(recipe, workers, job.settings.tolerance)
             if halo is not None:
-                plan = plan.with_reach(halo.halo)
+                plan = plan.with_halo(halo.halo)
                 recipe, prospect = replace(recipe, plan=plan), replace(prospect, plan=plan)
             prepared = time.perf_counter()
             kept, reports = _label_all(recipe, workers, progress)
@@ -229,13 +231,15 @@ def check_seams(product: Path) -> SeamReport:
     prospect = survey(Job(document["id"], uri, reference, str(product.parent.parent), settings))
     if prospect.fingerprint != fingerprint:
         raise ProductError(f"{product}: the scene or the model has changed since it was made; run the scene again")
-    plan = replace(prospect.plan, core=core)
-    plan = plan.with_reach(halo.halo) if halo else plan
+    plan = replace(prospect.plan, core=core, shortened=halo.halo if halo else None)
+    if plan.mode != "blend" and not plan.sight.local:
+        return SeamReport(0, 0, 0, 0, 0.0, SAME_SCORES)  # one tile is the only way to label it
     segmenter = load_segmenter(prospect.model, usable_cores())
     with tempfile.TemporaryDirectory() as folder:
         source = prospect.source.stage(Path(folder))
         labeller = Labeller(plan, prospect.model.card, source, scaling, segmenter)
-        return report_seams(labeller, lambda box: source.frame.read_labels(mask, box), halo.tolerance if halo else SAME)
+        allowed = halo.tolerance if halo else SAME_SCORES
+        return report_seams(labeller, lambda box: source.frame.read_labels(mask, box), allowed)
 
 
 def wanted_by(card: Card) -> Wanted:
@@ -362,10 +366,10 @@ def _kept(path: Path, kind: type[_F], measure: Callable[[], _F]) -> _F:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return kind.from_json(json.loads(path.read_text()))
     found = measure()
-    partial = path.with_suffix(".partial")
+    unfinished = path.with_suffix(".partial")
     try:
-        partial.write_text(json.dumps(found.to_json()))
-        os.replace(partial, path)
+        unfinished.write_text(json.dumps(found.to_json()))
+        os.replace(unfinished, path)
     except OSError as error:
         raise ProductError(f"cannot write {path}: {error.strerror or error}", retryable=True) from error
     return found

@@ -15,16 +15,11 @@ import numpy as np
 
 from segcore.box import Box
 from segcore.errors import ProductError
-from segcore.io.source import Floats, Labels, Source
-from segcore.model.card import Card
-from segcore.model.segmenter import Segmenter
+from segcore.io.source import Floats, Labels
 from segcore.plan import Plan
-from segcore.scaling import Scaling
-from segcore.spec import Sides
-from segcore.tile import label_tile
+from segcore.spec import SAME_SCORES, Sides
+from segcore.tile import Labeller
 
-#: Difference of scores that rounding may make: engines may choose their arithmetic by the size of a window.
-SAME = 1e-4
 #: How many places of a scene are looked at.
 PLACES = 8
 #: Side of a place (pixels of the scene), by number of axes; at least two cells of the network's stride.
@@ -80,23 +75,6 @@ class SeamReport:
         return self.change <= self.allowed and self.decided == 0
 
 
-@dataclass(frozen=True, slots=True)
-class Labeller:
-    """What it takes to label any box of a scene: everything but the box."""
-
-    plan: Plan
-    card: Card
-    source: Source
-    scaling: Scaling
-    segmenter: Segmenter
-
-    def __call__(self, core: Box) -> tuple[Labels, Floats, int]:
-        """Labels (*core), scores (K, *core) and the number of valid pixels."""
-        tile = self.plan.tile_of(core)
-        result = label_tile(tile, self.plan, self.card, self.source, self.scaling, self.segmenter)
-        return result.labels, result.scores, result.valid
-
-
 def measure_halo(labeller: Labeller, tolerance: float) -> Measured:
     """The shortest halo with which no score of a sample of places changes by more than `tolerance`.
 
@@ -108,9 +86,9 @@ def measure_halo(labeller: Labeller, tolerance: float) -> Measured:
     stride = plan.sight.stride
     places = []
     for box in _varied(labeller, islice(_places(plan), 8 * PLACES)):
-        _, scores, valid = labeller(box)
-        if valid:
-            places.append((box, scores))
+        expected = labeller(plan.tile_of(box))
+        if expected.valid:
+            places.append((box, expected.scores))
         if len(places) == PLACES:
             break
 
@@ -119,8 +97,8 @@ def measure_halo(labeller: Labeller, tolerance: float) -> Measured:
         return tuple((before, after) for before, after in found)
 
     def change(cells: int) -> float:
-        shorter = replace(labeller, plan=plan.with_reach(shortened(cells)))
-        return max(_largest(scores, shorter(box)[1]) for box, scores in places)
+        shorter = replace(labeller, plan=plan.with_halo(shortened(cells)))
+        return max(_largest(scores, shorter(shorter.plan.tile_of(box)).scores) for box, scores in places)
 
     most = max(side // s for sides, s in zip(full, stride, strict=True) for side in sides)
     low, high, changes = -1, most, {most: 0.0}
@@ -133,54 +111,60 @@ def measure_halo(labeller: Labeller, tolerance: float) -> Measured:
     )
 
 
-def report_seams(labeller: Labeller, read_mask: Callable[[Box], Labels], allowed: float = SAME) -> SeamReport:
+def report_seams(labeller: Labeller, read_mask: Callable[[Box], Labels], allowed: float = SAME_SCORES) -> SeamReport:
     """Label a sample of places again, in one tile each and cut where tiles of the plan end, and compare.
 
-    `allowed`: difference of scores that does not count. Raises ProductError where no place has a valid pixel.
+    In one tile they see the network's whole reach, whatever halo the plan has. `allowed`: difference of scores that
+    does not count. Raises ProductError where no place has a valid pixel.
     """
-    places = list(islice(_places(labeller.plan), PLACES))
+    plan = labeller.plan
+    whole = replace(labeller, plan=plan.with_halo(None))
     pixels = differ = decided = seen = 0
     change = 0.0
-    for box in places:
-        labels, scores, valid = labeller(box)
-        if not valid:
+    for box in islice(_places(plan), 8 * PLACES):
+        if seen == PLACES:
+            break
+        expected = whole(whole.plan.tile_of(box))
+        if not expected.valid:
             continue
+        labels, scores = expected.labels, expected.scores
         cut_labels, cut_scores = np.empty_like(labels), np.empty_like(scores)
-        for piece in _pieces(box, labeller.plan):
+        for piece in _pieces(box, plan):
             at = piece.slices(box.start)
-            cut_labels[at], cut_scores[(slice(None), *at)], _ = labeller(piece)
+            found = labeller(plan.tile_of(piece))
+            cut_labels[at], cut_scores[(slice(None), *at)] = found.labels, found.scores
         mask = read_mask(box)
-        seen, pixels = seen + 1, pixels + valid
+        seen, pixels = seen + 1, pixels + expected.valid
         other = (mask != labels) | (mask != cut_labels)
         second, best = np.sort(scores, axis=0)[-2:]
         differ += int(np.count_nonzero(other))
         decided += int(np.count_nonzero(other & ~(best - second <= 2 * allowed)))
         change = max(change, _largest(scores, cut_scores))
     if not seen:
-        raise ProductError(
-            f"none of {len(places)} places of {labeller.source.uri} has a valid pixel: nothing to compare"
-        )
+        raise ProductError(f"{labeller.source.uri}: no place where tiles meet has a valid pixel to compare")
     return SeamReport(seen, pixels, differ, decided, change, allowed)
 
 
 def _places(plan: Plan) -> Iterator[Box]:
-    """Boxes around corners where tiles meet, evenly spread; of a scene of one tile, around points spread over it."""
-    ndim = len(plan.core)
-    side = tuple(max(_SIDE[ndim], 2 * s) for s in plan.sight.stride)
+    """Boxes around corners where tiles meet, evenly spread; of a scene of one tile, around points spread over it.
+
+    They begin and end at multiples of the stride, as the tiles of a plan do, so that they show no more of a halo.
+    """
+    # Of the network's grid; on the scene's it may only be near.
+    unit = [max(1, s * n // m) for s, n, m in zip(plan.sight.stride, plan.grid.shape, plan.canvas, strict=True)]
+    half = [-(-_SIDE[len(unit)] // (2 * s)) * s for s in unit]
     lines = []
-    for n, core, count in zip(plan.grid.shape, plan.core, plan.counts, strict=True):
-        cuts = [core * i for i in range(1, count)] or [n * k // 4 for k in (2, 1, 3)]
+    for n, core, count, s in zip(plan.grid.shape, plan.core, plan.counts, unit, strict=True):
+        cuts = [core * i for i in range(1, count)] or [max(1, n * k // (4 * s)) * s for k in (2, 1, 3)]
         # First a few that are far apart, whatever their number.
         steps = [round((k + 0.5) * len(cuts) / 8) % len(cuts) for k in (4, 1, 6, 2, 7, 0, 3, 5)]
         lines.append(list(dict.fromkeys(cuts[step] for step in steps)))
     corners = sorted(product(*(range(len(line)) for line in lines)), key=sum)
     for corner in corners:
-        centre = [line[k] for line, k in zip(lines, corner, strict=True)]
-        start = tuple(max(0, c - s // 2) for c, s in zip(centre, side, strict=True))
-        stop = tuple(
-            min(n, max(a + 1, c + s - s // 2)) for a, c, s, n in zip(start, centre, side, plan.grid.shape, strict=True)
-        )
-        yield Box(start, stop)
+        centre = tuple(line[k] // s * s for line, k, s in zip(lines, corner, unit, strict=True))
+        around = Box(centre, centre).grow(tuple((h, h) for h in half)) & plan.grid.box
+        if around.size:
+            yield around
 
 
 def _pieces(box: Box, plan: Plan) -> Iterator[Box]:

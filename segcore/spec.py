@@ -13,8 +13,12 @@ from segcore.errors import PlanError
 
 Mode = Literal["auto", "exact", "blend"]
 Weights = Literal["cosine", "gaussian", "constant"]
+"""How windows are blended."""
 Sides = tuple[tuple[int, int], ...]
 """Pixels before and after, one pair per axis."""
+
+#: Difference of scores that counts as none (law 2): engines may choose their arithmetic by the size of a window.
+SAME_SCORES = 1e-4
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _DECIMAL = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -96,6 +100,11 @@ class Sight:
         assert self.window is not None
         overlap = self.overlap or (0,) * len(self.window)
         return tuple(w - o for w, o in zip(self.window, overlap, strict=True))
+
+
+def in_words(sides: Sides) -> str:
+    """`96 x 96`, or `96+32 x 8` where what lies before and after differs."""
+    return times(str(before) if before == after else f"{before}+{after}" for before, after in sides)
 
 
 def symmetric(reach: Iterable[int]) -> Sides:

@@ -68,6 +68,21 @@ def label_tile(
     return TileResult(labels, scores, count, len(tile.windows), read - began, device.busy, done - gathered + rest)
 
 
+@dataclass(frozen=True, slots=True)
+class Labeller:
+    """All that it takes to label any tile of a scene, but for the tile."""
+
+    plan: Plan
+    card: Card
+    source: Source
+    scaling: Scaling
+    segmenter: Segmenter
+
+    def __call__(self, tile: Tile) -> TileResult:
+        """Label one tile. Raises SceneError, ModelError."""
+        return label_tile(tile, self.plan, self.card, self.source, self.scaling, self.segmenter)
+
+
 class _Device:
     """A segmenter behind its lock, with a watch: seconds spent waiting for the device, and seconds on it."""
 

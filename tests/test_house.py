@@ -43,8 +43,8 @@ HOMES = {
     "pystac": {"segcore.io.stac"},
     "onnxruntime": {"segcore.model.onnx", "segcore.model.graph"},
     "onnx": {"segcore.model.graph", "segcore.model.marking"},
-    "torch": {"segcore.model.torch", "segcore.model.unet", "segcore.model.pack"},
-    "safetensors": {"segcore.model.torch", "segcore.model.pack"},
+    "torch": {f"segcore.model.{name}" for name in ("torch", "unet", "archive", "pack")},
+    "safetensors": {"segcore.model.archive", "segcore.model.pack"},
     "pydantic": {"segcore.model.card", "flows.segment"},
     "PIL": {"segcore.quicklook"},
 }

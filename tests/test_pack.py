@@ -6,6 +6,7 @@ import json
 import pickle
 import subprocess
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,12 +19,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from segcore.errors import CardError, ModelError, SegcoreError
+from segcore.files import sha256_of
 from segcore.model import load_segmenter
-from segcore.model.card import Model, Network, check_network, load_card
-from segcore.model.pack import kind_of, pack
+from segcore.model.archive import kind_of, open_export
+from segcore.model.card import Model, NetworkClass, check_network, load_card
+from segcore.model.pack import pack
 from segcore.model.unet import UNet
 
-OURS = Network(
+OURS = NetworkClass(
     name="segcore.model.unet.UNet",
     arguments={"dims": 2, "in_channels": 2, "classes": 3, "widths": [4, 6, 8]},
 )
@@ -79,7 +82,7 @@ def test_networks_of_monai(tmp_path: Path, norm: str, ndim: int) -> None:
     torch.manual_seed(0)
     module = nets.BasicUNet(**arguments).eval()
     save_file(module.state_dict(), tmp_path / "weights.safetensors")
-    network = Network(name="monai.networks.nets.BasicUNet", arguments=arguments)
+    network = NetworkClass(name="monai.networks.nets.BasicUNet", arguments=arguments)
     packed = pack(tmp_path / "weights.safetensors", draft("zyx"[-ndim:], ("T1w",)), tmp_path / "model", network)
     card = packed.model.card
     assert len(card.artifacts) == 3
@@ -97,7 +100,7 @@ def test_networks_of_segmentation_models_pytorch(tmp_path: Path) -> None:
     arguments = {"encoder_name": "resnet18", "in_channels": 2, "classes": 3, "decoder_channels": [16, 8, 8, 8, 8]}
     module = smp.Unet(encoder_weights=None, **arguments).eval()
     save_file(module.state_dict(), tmp_path / "weights.safetensors")
-    network = Network(name="segmentation_models_pytorch.Unet", arguments=arguments)
+    network = NetworkClass(name="segmentation_models_pytorch.Unet", arguments=arguments)
     packed = pack(tmp_path / "weights.safetensors", draft(), tmp_path / "model", network)
     assert packed.model.card.local
     agrees(packed.model, module)
@@ -139,7 +142,7 @@ class Plain(nn.Module):
 
 @pytest.mark.parametrize(
     ("write", "name", "kind"),
-    [(as_onnx, "net.onnx", "onnx"), (as_torchscript, "net.pt", "torchscript"), (as_export, "net.pt2", "torch-export")],
+    [(as_onnx, "net.onnx", "onnx"), (as_torchscript, "net.pt", "torchscript")],
 )
 def test_files_that_are_networks_are_packed_as_they_are(
     tmp_path: Path, write: Callable[[nn.Module, Path], Path], name: str, kind: str
@@ -184,6 +187,101 @@ def test_a_fixed_size_becomes_the_window(tmp_path: Path) -> None:
         torch.onnx.export(Plain().eval(), (torch.zeros(1, 2, 64, 96),), tmp_path / "net.onnx", dynamo=False)
     card = pack(tmp_path / "net.onnx", draft(), tmp_path / "model").model.card
     assert (card.fixed_window, card.window, card.overlap) == (True, (64, 96), (32, 48))
+
+
+def test_the_graph_tells_what_hides_from_nan(tmp_path: Path) -> None:
+    class Gate(nn.Module):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            peak = image.amax(dim=(1, 2, 3), keepdim=True)
+            return self.conv(torch.where(image > 0.5 * torch.nan_to_num(peak), image, 0 * image))
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(2, 3, 3, padding=1)
+
+    card = pack(Gate(), draft(), tmp_path / "model").model.card
+    assert not card.local
+    assert card.overlap == (256, 256)
+
+
+def test_an_onnx_file_of_two_outputs_is_refused(tmp_path: Path) -> None:
+    import onnx
+
+    model = onnx.load(as_onnx(Plain().eval(), tmp_path / "net.onnx"))
+    model.graph.output.append(onnx.helper.make_tensor_value_info(model.graph.node[0].output[0], 1, None))
+    onnx.save(model, tmp_path / "net.onnx")
+    with pytest.raises(ModelError, match="segflow wants one, the scores"):
+        pack(tmp_path / "net.onnx", draft(), tmp_path / "model")
+
+
+def test_a_network_of_a_large_stride_is_packed(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.MaxPool2d(128), nn.Conv2d(2, 3, 1), nn.Upsample(scale_factor=128))
+    card = pack(module, draft(), tmp_path / "model").model.card
+    assert card.stride == (128, 128)
+    assert len(card.artifacts) == 2
+
+
+def test_a_module_stays_as_it_was(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3)).double().train()
+    card = pack(module, draft(), tmp_path / "model").model.card
+    assert card.local
+    assert module.training
+    assert next(module.parameters()).dtype == torch.float64
+
+
+def test_weights_beside_an_onnx_file_are_not_found_when_it_runs(tmp_path: Path) -> None:
+    """No digest vouches for them."""
+    import onnx
+
+    folder = pack(Plain().eval(), draft(), tmp_path / "model").model.folder
+    onnx.save(onnx.load(folder / "model.onnx"), folder / "model.onnx", save_as_external_data=True, location="w.bin",
+              size_threshold=0)  # fmt: skip
+    card = json.loads((folder / "card.json").read_text())
+    card["artifacts"][0]["sha256"] = sha256_of(folder / "model.onnx")
+    (folder / "card.json").write_text(json.dumps(card))
+    with pytest.raises(ModelError, match="does not load in ONNX Runtime"):
+        load_segmenter(load_card(str(folder)), 2)
+
+
+def armed_export(path: Path, member: str, change: Callable[[bytes], bytes]) -> Path:
+    """A torch.export archive with one member changed, or added."""
+    as_export(Plain().eval(), path)
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    root = next(iter(members)).partition("/")[0]
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, change(content) if name == f"{root}/{member}" else content)
+        if f"{root}/{member}" not in members:
+            archive.writestr(f"{root}/{member}", change(b""))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("member", "change", "words"),
+    [
+        ("data/sample_inputs/model.pt", lambda _: pickle.dumps(Bomb()), "pickle of more than tensors"),
+        ("data/weights/model_weights_config.json", lambda c: c.replace(b'"use_pickle": false', b'"use_pickle": true'),
+         "is pickled"),
+        ("data/aotinductor/model/a.so", lambda _: b"ELF", "which no network needs"),
+        ("models/model.json", lambda c: c.replace(b"torch.ops.aten.relu.default", b"torch.os.system"), "no operator"),
+        ("models/model.json", lambda c: c.replace(b"Integer(", b"__import__('os').system(", 1), "no sum or product"),
+    ],
+)  # fmt: skip
+def test_export_archives_that_bring_code_are_not_opened(
+    tmp_path: Path, member: str, change: Callable[[bytes], bytes], words: str
+) -> None:
+    path = armed_export(tmp_path / "net.pt2", member, change)
+    with pytest.raises(ModelError, match=words):
+        open_export(path)
+
+
+def test_arguments_that_fetch_weights_are_refused(tmp_path: Path) -> None:
+    pytest.importorskip("monai")
+    save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
+    network = NetworkClass(name="monai.networks.nets.HoVerNet", arguments={"pretrained_url": "http://example.org/a"})
+    with pytest.raises(CardError, match="fetches weights"):
+        pack(tmp_path / "a.safetensors", draft(), tmp_path / "model", network)
 
 
 class Bomb:
@@ -243,6 +341,7 @@ def garbage(path: Path) -> Path:
         (whole_module, "a.pt", "could run any code"),
         (not_tensors, "a.pt", "holds no state dict"),
         (lambda path: path, "missing.onnx", "is no file"),
+        (lambda path: as_export(Plain().eval(), path), "a.pt2", "may bring code along"),
     ],
 )
 def test_what_cannot_be_trusted_is_refused(
@@ -271,7 +370,7 @@ def test_no_other_class_is_imported(name: str) -> None:
 def test_only_networks_are_built(tmp_path: Path, name: str) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
     with pytest.raises(CardError, match="is no network of segcore"):
-        pack(tmp_path / "a.safetensors", draft(), tmp_path / "model", Network(name=name, arguments={}))
+        pack(tmp_path / "a.safetensors", draft(), tmp_path / "model", NetworkClass(name=name, arguments={}))
 
 
 def test_what_does_not_fit_is_named(tmp_path: Path) -> None:

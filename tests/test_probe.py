@@ -10,31 +10,32 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import save_local_unet
+from conftest import as_if_trained, save_local_unet
 from torch import nn
 
 from segcore.errors import ModelError
-from segcore.model import load_segmenter, open_probe
+from segcore.model import load_segmenter, open_network
 from segcore.model.card import load_card
-from segcore.model.onnx import OnnxProbe
-from segcore.model.probe import SAME, Probed, Sighting, bytes_per_pixel, largest_error, probe
-from segcore.model.torch import TorchProbe
+from segcore.model.memory import bytes_per_pixel
+from segcore.model.onnx import OnnxNetwork
+from segcore.model.probe import Network, Sighting, largest_error, probe, rounding_of
+from segcore.model.torch import TorchNetwork
 from segcore.model.unet import UNet
 from segcore.spec import Sight, symmetric
 
 
 def seen_by(module: nn.Module, channels: int = 2, ndim: int = 2) -> Sighting:
     torch.manual_seed(0)
-    return probe(TorchProbe(module.eval(), channels, 2), channels, ndim)
+    return probe(TorchNetwork(module.eval(), channels, 2), channels, ndim)
 
 
-def in_onnx(module: nn.Module, path: Path, channels: int = 2, ndim: int = 2) -> Probed:
+def in_onnx(module: nn.Module, path: Path, channels: int = 2, ndim: int = 2) -> Network:
     free = {0: "n", **{2 + axis: f"s{axis}" for axis in range(ndim)}}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(module.eval(), (torch.zeros(1, channels, *(64,) * ndim),), path, dynamo=False,
                           input_names=["x"], output_names=["y"], dynamic_axes={"x": free})  # fmt: skip
-    return OnnxProbe(path, channels, 2)
+    return OnnxNetwork(path, channels, 2)
 
 
 class SqueezeExcite(nn.Module):
@@ -56,10 +57,10 @@ class Positions(nn.Module):
 
 
 class Swallower(nn.Module):
-    """Sees five pixels, and hides from a probe that plants NaN."""
+    """Sees five pixels, and hides all but one from a probe that plants NaN."""
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return nn.functional.avg_pool2d(torch.nan_to_num(image), 11, 1, 5)
+        return image + nn.functional.avg_pool2d(torch.nan_to_num(image), 11, 1, 5)
 
 
 def conv(inputs: int = 2, outputs: int = 2, kernel: int | tuple[int, int] = 3, **options: int) -> nn.Module:
@@ -81,6 +82,9 @@ KNOWN: dict[str, tuple[Callable[[], nn.Module], tuple[int, int], tuple]] = {
                            ((4, 4), (4, 4))),
     "bilinear": (lambda: nn.Sequential(nn.AvgPool2d(2), nn.Upsample(scale_factor=2, mode="bilinear")), (2, 2),
                  ((1, 1), (1, 1))),
+    "far through gaps": (lambda: nn.Sequential(*(conv(padding=100, dilation=100) for _ in range(4))), (1, 1),
+                         ((400, 400), (400, 400))),
+    "further": (lambda: conv(padding=900, dilation=900), (1, 1), ((900, 900), (900, 900))),
     "our U-Net, 2 poolings": (lambda: UNet(dims=2, in_channels=2, classes=2, widths=[3, 3, 3]), (4, 4),
                               ((22, 22), (22, 22))),
     "our U-Net, 3 poolings": (lambda: UNet(dims=2, in_channels=2, classes=2, widths=[3] * 4), (8, 8),
@@ -152,14 +156,70 @@ def test_attention_makes_a_network_not_local() -> None:
 def test_a_network_that_knows_where_it_is_is_not_local(layer: nn.Module) -> None:
     found = seen_by(nn.Sequential(conv(padding=1), layer))
     assert found.reach is None
-    assert "where a window lies" in found.floods[0]
+    assert "knows where it is" in found.floods[0]
+
+
+class Whole(nn.Module):
+    """Knows how large the image is."""
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return image / (image.shape[2] * image.shape[3]) ** 0.5
+
+
+@pytest.mark.parametrize("layer", [Whole(), nn.Conv2d(2, 2, 5, padding=2, padding_mode="circular")])
+def test_a_network_that_feels_the_ends_of_the_image_is_not_local(layer: nn.Module) -> None:
+    """In the middle of an image there is nothing to be seen of that."""
+    assert seen_by(nn.Sequential(conv(padding=1), layer)).reach is None
+
+
+def test_what_is_seen_along_a_diagonal_only_counts(tmp_path: Path) -> None:
+    class Diagonal(nn.Module):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            return image + nn.functional.pad(image, (20, 0, 20, 0))[:, :, :-20, :-20]
+
+    for found in (seen_by(Diagonal()), probe(in_onnx(Diagonal(), tmp_path / "net.onnx"), 2, 2)):
+        assert found.reach == ((20, 0), (20, 0))
+
+
+def test_monais_basic_unet_with_aligned_corners_is_not_local() -> None:
+    nets = pytest.importorskip("monai.networks.nets")
+    module = nets.BasicUNet(spatial_dims=2, in_channels=1, out_channels=2, features=(4,) * 6, norm="batch",
+                            upsample="nontrainable")  # fmt: skip
+    assert seen_by(as_if_trained(module), 1).reach is None
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate"])
+def test_paddings_that_a_tile_at_the_border_repeats_are_local(mode: str) -> None:
+    found = seen_by(nn.Conv2d(2, 2, 7, padding=3, padding_mode=mode))
+    assert found.reach == ((3, 3), (3, 3))
+
+
+@pytest.mark.parametrize(("poolings", "short"), [(2, 20), (3, 40), (4, 16)])
+def test_a_reach_that_is_a_little_too_short_is_noticed(poolings: int, short: int) -> None:
+    module = as_if_trained(UNet(dims=2, in_channels=2, classes=2, widths=[8] * (poolings + 1)))
+    network, reach = TorchNetwork(module, 2, 2), module.reach or (0, 0)
+    assert largest_error(network, Sight(module.stride, symmetric(reach)), 2) <= rounding_of(network)
+    assert largest_error(network, Sight(module.stride, symmetric((short, short))), 2) > rounding_of(network)
+
+
+def test_strides_that_are_no_power_of_two() -> None:
+    found = seen_by(nn.Sequential(conv(kernel=3, stride=3), conv(padding=1), nn.Upsample(scale_factor=3)))
+    assert str(found.sizes) == "multiples of 3"
+    assert (found.stride, found.reach) == ((3, 3), ((3, 3), (3, 3)))
+
+
+def test_weights_that_are_not_numbers_are_named() -> None:
+    module = conv(padding=1)
+    module.weight.data[0] = np.nan
+    with pytest.raises(ModelError, match="NaN or infinity"):
+        seen_by(module)
 
 
 def test_a_network_that_hides_from_nan_is_found_out() -> None:
-    network = TorchProbe(Swallower(), 2, 2)
-    assert probe(network, 2, 2).reach is None
-    assert largest_error(network, Sight((1, 1), symmetric((4, 4))), 2) > SAME
-    assert largest_error(network, Sight((1, 1), symmetric((5, 5))), 2) < SAME
+    network = TorchNetwork(Swallower(), 2, 2)
+    assert "hides what it sees" in probe(network, 2, 2).floods[0]
+    assert largest_error(network, Sight((1, 1), symmetric((4, 4))), 2) > rounding_of(network)
+    assert largest_error(network, Sight((1, 1), symmetric((5, 5))), 2) <= rounding_of(network)
 
 
 def test_sizes_that_a_network_takes(tmp_path: Path) -> None:
@@ -173,7 +233,7 @@ def test_sizes_that_a_network_takes(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(conv(padding=1), (torch.zeros(1, 2, 96, 64),), tmp_path / "fixed.onnx", dynamo=False)
-    fixed = probe(OnnxProbe(tmp_path / "fixed.onnx", 2, 2), 2, 2)
+    fixed = probe(OnnxNetwork(tmp_path / "fixed.onnx", 2, 2), 2, 2)
     assert str(fixed.sizes) == "96 x 64 only"
 
 
@@ -202,7 +262,7 @@ def test_operations_are_counted(tmp_path: Path) -> None:
 def test_memory_is_measured_in_a_process_of_its_own(tmp_path: Path) -> None:
     for width in (8, 64):
         folder = save_local_unet(tmp_path / str(width), "yx", width=width, poolings=2)
-        found = probe(open_probe(load_card(str(folder)), 2), 1, 2)
+        found = probe(open_network(load_card(str(folder)), 2), 1, 2)
         # The largest features are `width` wide at full resolution, and a convolution reads and writes some.
         assert 4 * width < bytes_per_pixel(str(folder), 1, found) < 40 * width
     with pytest.raises(ModelError, match="cannot measure"):
@@ -223,17 +283,17 @@ def test_strides_that_are_too_small_are_noticed(tmp_path: Path) -> None:
     folder = save_local_unet(tmp_path / "unet", "yx", poolings=2)
     document = json.loads((folder / "card.json").read_text()) | {"stride": [2, 2], "reach": [64, 64]}
     (folder / "card.json").write_text(json.dumps(document))
-    with pytest.raises(ModelError, match="sees further than its card says"):
+    with pytest.raises(ModelError, match=r"cannot be tried|sees further than its card says"):
         load_segmenter(load_card(str(folder)), 2)
 
 
 def test_built_in_models_are_what_their_cards_say() -> None:
     clouds = load_card("ukis-csmask-4b-l1c")
-    found = probe(open_probe(clouds, 2), 4, 2)
+    found = probe(open_network(clouds, 2), 4, 2)
     assert found.reach is None
     assert any("GlobalAveragePool" in kind or "ReduceMean" in kind for kind in found.floods)
     brain = load_card("deepbet")
-    found = probe(open_probe(brain, 2), 1, 3)
+    found = probe(open_network(brain, 2), 1, 3)
     assert found.reach is None
     assert "instance_norm" in found.floods[0]
     assert found.stride == brain.card.stride

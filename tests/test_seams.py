@@ -30,8 +30,9 @@ from segcore.model.unet import UNet
 from segcore.plan import Plan, make_plan
 from segcore.scaling import Scaling
 from segcore.scene import Outcome, check_seams, segment_scene, survey
-from segcore.seams import Labeller, _pieces, _places, measure_halo, report_seams
+from segcore.seams import _pieces, _places, measure_halo, report_seams
 from segcore.spec import Cost, Job, Settings, Sight, symmetric
+from segcore.tile import Labeller
 
 COST = Cost(1, 3, 100)
 
@@ -98,7 +99,8 @@ def label_array(scene: ArrayScene, plan: Plan, described: Card, segmenter: Segme
     labels, scores = np.zeros(scene.grid.shape, np.uint8), np.zeros((3, *scene.grid.shape), np.float32)
     for index in plan.indices():
         core = plan.core_box(index)
-        labels[core.slices()], scores[(slice(None), *core.slices())], _ = labeller(core)
+        result = labeller(plan.tile(index))
+        labels[core.slices()], scores[(slice(None), *core.slices())] = result.labels, result.scores
     return labels, scores
 
 
@@ -159,7 +161,7 @@ def test_a_halo_one_stride_too_small_is_noticed(dims: int, poolings: int, decode
     scene = ArrayScene(values, "zyx"[-dims:])
     plan = make_plan(scene.grid, shape, sight, COST, 2**40, core=(core, *shape[1:]))
     whole = make_plan(scene.grid, shape, sight, COST, 2**40, core=shape)
-    short = plan.with_reach(symmetric(before - stride for _ in range(dims)))
+    short = plan.with_halo(symmetric(before - stride for _ in range(dims)))
     expected, good, bad = (label_array(scene, p, described, segmenter)[1] for p in (whole, plan, short))
     scale = np.abs(expected).max()
     assert np.abs(good - expected).max() <= 1e-4 * scale
@@ -197,7 +199,7 @@ def test_the_seam_report_counts_what_borders_change() -> None:
     assert report.change > 1e-3
     assert report.labels > 0
     assert not report.clean
-    with pytest.raises(ProductError, match="nothing to compare"):
+    with pytest.raises(ProductError, match="valid pixel to compare"):
         report_seams(
             boxed(np.full((1, 300, 300), np.nan, np.float32), (100, 100), 5, 5), lambda box: mask[box.slices()]
         )
@@ -227,9 +229,30 @@ def test_the_shortest_halo_that_will_do(tolerance: float, least: int, most: int)
     assert found.change <= tolerance
     assert found.reach == symmetric((30, 30))
     assert before == 0 or (found.shorter is not None and found.shorter > tolerance)
-    shorter = replace(labeller, plan=labeller.plan.with_reach(found.halo))
+    shorter = replace(labeller, plan=labeller.plan.with_halo(found.halo))
     (whole, tiled) = (label_array(one.source, one.plan, one.card, one.segmenter)[1] for one in (labeller, shorter))
     assert np.abs(whole - tiled).max() <= 3 * tolerance
+
+
+class OneSided(BoxFilter):
+    """Sees 7 pixels before and none after, along every axis."""
+
+    def __call__(self, batch: np.ndarray) -> np.ndarray:
+        for axis in (2, 3):
+            padding = [(7, 0) if i == axis else (0, 0) for i in range(4)]
+            padded, n = np.pad(batch, padding), batch.shape[axis]
+            batch = sum(np.take(padded, range(k, k + n), axis=axis) for k in range(8)).astype(np.float32)
+        return np.concatenate([batch, -batch, 0 * batch], axis=1)
+
+
+@pytest.mark.parametrize(("reach", "same"), [(((7, 0), (7, 0)), True), (((0, 7), (0, 7)), False)])
+def test_sides_are_not_mixed_up(reach: tuple, same: bool) -> None:
+    scene = ArrayScene(noise(1, 90, 80), "yx")
+    described = boxed(scene.array, (90, 80), 0, 0).card
+    sight = Sight((1, 1), reach)
+    plans = [make_plan(scene.grid, scene.grid.shape, sight, COST, 2**40, core=core) for core in ((90, 80), (20, 30))]
+    whole, tiled = (label_array(scene, plan, described, OneSided(0))[1] for plan in plans)
+    assert np.array_equal(whole, tiled) == same
 
 
 def test_a_scene_without_valid_pixels_keeps_the_whole_reach() -> None:
@@ -257,6 +280,56 @@ def test_a_measured_halo_is_shorter_stated_and_kept(
     again = label(sentinel, land_unet, tmp_path / "out", workers, scores=True, tile=500, tolerance=1e-3)
     assert again[0].state == "up to date"
     assert outcome.state == "done"
+
+
+def test_a_measured_run_that_was_killed_ends_with_the_same_bytes(
+    sentinel: Path, land_unet: Path, workers: Workers, tmp_path: Path
+) -> None:
+    settings = {"tile": 500, "tolerance": 1e-3}
+    _, manifest = label(sentinel, land_unet, tmp_path / "whole", workers, **settings)
+    job = Job("scene", str(sentinel), str(land_unet), str(tmp_path / "killed"), Settings(**settings))
+    done: list[int] = []
+
+    class KilledError(Exception):
+        pass
+
+    def kill(name: str, tiles: int, total: int) -> None:
+        done.append(tiles)
+        if tiles >= 5:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        segment_scene(job, workers, kill)
+    (kept,) = (tmp_path / "killed").glob(".segflow/*/*/halo.json")
+    halo = json.loads(kept.read_text())
+    outcome = segment_scene(job, workers)
+    assert outcome.tiles_kept >= 5
+    again = Path(outcome.product)
+    assert json.loads(again.read_text())["properties"]["segflow:measured_halo"] == halo
+    masks = [path.with_name(f"{path.stem}_mask.tif").read_bytes() for path in (manifest, again)]
+    assert masks[0] == masks[1]
+
+
+def test_the_check_finds_labels_that_are_not_the_networks(
+    landsat: Path, land_unet: Path, workers: Workers, tmp_path: Path
+) -> None:
+    _, manifest = label(landsat, land_unet, tmp_path, workers, tile=200)
+    mask = manifest.with_name(f"{manifest.stem}_mask.tif")
+    with rasterio.open(mask, "r+", IGNORE_COG_LAYOUT_BREAK="YES") as file:
+        file.write(np.where(file.read(1) == 255, 255, 1).astype(np.uint8), 1)
+    report = check_seams(manifest)
+    assert report.decided > 0
+    assert report.change == 0
+    assert not report.clean
+
+
+def test_a_network_that_saw_the_whole_scene_has_no_borders_to_check(
+    head: Path, workers: Workers, tmp_path: Path
+) -> None:
+    _, manifest = label(head, "deepbet", tmp_path, workers)
+    report = check_seams(manifest)
+    assert report.places == 0
+    assert report.clean
 
 
 def test_a_tolerance_needs_a_local_network(landsat: Path, tmp_path: Path) -> None:

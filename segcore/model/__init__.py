@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 from segcore.errors import ModelError
 from segcore.model.card import Card, Model
-from segcore.model.probe import SAME, Probed, largest_error
+from segcore.model.probe import Network, largest_error, rounding_of
 from segcore.model.segmenter import Segmenter
 
 
@@ -14,9 +17,8 @@ def load_segmenter(model: Model, threads: int) -> Segmenter:
     Its weights are checked, and so is its card's word that it is local. Raises CardError, ModelError.
     """
     artifact, path = model.weights()
-    # Imported here: each of these takes a second or more, and a run needs one of them.
     segmenter: Segmenter
-    try:
+    with _engine(model.card):
         if artifact.format == "onnx":
             from segcore.model.onnx import OnnxSegmenter
 
@@ -25,36 +27,48 @@ def load_segmenter(model: Model, threads: int) -> Segmenter:
             from segcore.model.torch import TorchSegmenter, load_module
 
             segmenter = TorchSegmenter(load_module(artifact, path), threads)
-    except ImportError as error:
-        raise ModelError(
-            f"model {model.card.name} is {artifact.format}, and {error.name} is not installed; run "
-            f"`pip install {error.name}`"
-        ) from error
     _confirm(segmenter, model.card)
     return segmenter
 
 
-def open_probe(model: Model, threads: int) -> Probed:
+def open_network(model: Model, threads: int) -> Network:
     """The network of a model, to be measured. Raises CardError, ModelError."""
     artifact, path = model.weights()
-    if artifact.format == "onnx":
-        from segcore.model.onnx import OnnxProbe
+    channels = len(model.card.channels)
+    with _engine(model.card):
+        if artifact.format == "onnx":
+            from segcore.model.onnx import OnnxNetwork
 
-        return OnnxProbe(path, len(model.card.channels), threads)
-    from segcore.model.torch import TorchProbe, load_module
+            return OnnxNetwork(path, channels, threads)
+        from segcore.model.torch import TorchNetwork, load_module
 
-    return TorchProbe(load_module(artifact, path), len(model.card.channels), threads)
+        return TorchNetwork(load_module(artifact, path), channels, threads)
+
+
+@contextlib.contextmanager
+def _engine(card: Card) -> Iterator[None]:
+    """Says which engine is missing. They are imported late: each takes a second or more, and a run needs one."""
+    try:
+        yield
+    except ImportError as error:
+        raise ModelError(
+            f"model {card.name} is {card.artifacts[0].format}, and {error.name} is not installed; run "
+            f"`pip install {error.name}`"
+        ) from error
 
 
 def _confirm(segmenter: Segmenter, card: Card) -> None:
-    """Try a local network's promise along one axis, where it sees furthest: a small price for what depends on it."""
+    """Try a local network's promise: a small price for what depends on it."""
     sight = card.sight()
     if not sight.local or sight.fixed:
         return
-    widths = [before + after for before, after in sight.halo]
-    error = largest_error(segmenter, sight, len(card.channels), (widths.index(max(widths)),))
-    if error > SAME:
+    try:
+        error = largest_error(segmenter, sight, len(card.channels))
+    except ModelError as fault:
+        raise ModelError(f"model {card.name}: its promise to be local cannot be tried: {fault}") from fault
+    if error > rounding_of(segmenter):
         raise ModelError(
             f"model {card.name} is not local, or sees further than its card says (stride {card.stride}, reach "
-            f"{card.reach}): what lies beyond changes its scores by {error:.1%}; `segflow model inspect` measures it"
+            f"{card.reach}): what lies beyond changes its scores by {error:.2g} of their size; `segflow model inspect` "
+            f"measures it"
         )

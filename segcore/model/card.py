@@ -25,8 +25,8 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Network(_Strict):
-    """A network to be built before its weights are filled in: class and arguments of its constructor.
+class NetworkClass(_Strict):
+    """A network to be built before its weights are filled in: its class, and arguments of its constructor.
 
     Only classes of MONAI, segmentation-models-pytorch and segflow's own U-Net are ever imported.
     """
@@ -46,7 +46,7 @@ class Artifact(_Strict):
     format: Literal["onnx", "torchscript", "torch-export", "safetensors"]
     path: str
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-    network: Network | None = None
+    network: NetworkClass | None = None
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -276,10 +276,10 @@ def load_card(reference: str) -> Model:
     return Model(check_card(text, str(path)), path.parent)
 
 
-def check_network(fields: dict[str, Any]) -> Network:
+def check_network(fields: dict[str, Any]) -> NetworkClass:
     """The class of a network and its arguments. Raises CardError for a class that is not allowed."""
     try:
-        return Network.model_validate(fields)
+        return NetworkClass.model_validate(fields)
     except ValidationError as error:
         raise CardError(
             f"{fields.get('name')!r} is no network that segflow imports: those are segcore.model.unet.UNet, and the "

@@ -1,4 +1,4 @@
-"""ONNX through ONNX Runtime, its only home: the default engine on a CPU."""
+"""ONNX through ONNX Runtime: the default engine on a CPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime
 
 from segcore.errors import ModelError, one_line
-from segcore.model.probe import Probed
+from segcore.model.probe import Network
 from segcore.model.segmenter import Floats, Segmenter
 
 
@@ -24,17 +24,25 @@ class OnnxSegmenter:
         # Workers hold images beside the network; an arena that only grows would break the memory budget.
         options.enable_cpu_mem_arena = False
         available = onnxruntime.get_available_providers()
-        providers = [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available]
+        # TF32 keeps 10 bits of a float32: too few for the scores of tiles to be those of the whole.
+        options_of = {"CUDAExecutionProvider": {"use_tf32": 0}, "CPUExecutionProvider": {}}
+        providers = [(name, given) for name, given in options_of.items() if name in available]
         try:
-            self._session = onnxruntime.InferenceSession(path, options, providers=providers)
+            # From bytes, so that weights in files beside it, for which no digest vouches, are not found.
+            self._session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=providers)
         except Exception as error:  # onnxruntime's exceptions share no base but Exception
             raise ModelError(f"{path} does not load in ONNX Runtime: {one_line(error)}") from error
         inputs = self._session.get_inputs()
         if len(inputs) != 1 or inputs[0].type != "tensor(float)":
             found = ", ".join(f"{i.name}: {i.type}" for i in inputs)
             raise ModelError(f"{path} has the inputs {found}; segflow wants one, of float32")
-        self._input = inputs[0].name
-        self._output = self._session.get_outputs()[0].name
+        outputs = [output.name for output in self._session.get_outputs()]
+        if len(outputs) != 1:
+            raise ModelError(
+                f"{path} has the outputs {', '.join(outputs)}; segflow wants one, the scores: cut the others off with "
+                f"onnx.utils.extract_model"
+            )
+        self._input, self._output = inputs[0].name, outputs[0]
         self.device = threading.Lock()
         on = "CUDA" if self._session.get_providers()[0].startswith("CUDA") else f"CPU, {threads} threads"
         self.engine = f"onnxruntime {onnxruntime.__version__} ({on})"
@@ -48,7 +56,7 @@ class OnnxSegmenter:
         return np.asarray(out, dtype=np.float32)
 
 
-class OnnxProbe(OnnxSegmenter):
+class OnnxNetwork(OnnxSegmenter):
     """An ONNX file under the probe: what its outputs depend on is bounded by its graph. Raises ModelError."""
 
     def __init__(self, path: Path, channels: int, threads: int) -> None:
@@ -63,5 +71,5 @@ class OnnxProbe(OnnxSegmenter):
         self.footprint, self.flooding, self.trace = graph.footprint, graph.flooding, graph.trace
 
 
-def _conforms(segmenter: OnnxSegmenter, probe: OnnxProbe) -> tuple[Segmenter, Probed]:
+def _conforms(segmenter: OnnxSegmenter, probe: OnnxNetwork) -> tuple[Segmenter, Network]:
     return segmenter, probe

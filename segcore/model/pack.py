@@ -1,7 +1,7 @@
 """Packing: from a network as people have it to a model folder, measured and verified.
 
     module, or class + state dict  ->  model.onnx, model.pt2 (torch.export), model.safetensors + class
-    ONNX, TorchScript, .pt2        ->  the file itself
+    ONNX, TorchScript              ->  the file itself
                                        + card.json: what its author says of it, and what was measured on it
 
 Pickles that could run code are never loaded, and no class is imported but those of MONAI, of
@@ -11,41 +11,40 @@ segmentation-models-pytorch and of segflow.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
-import pickle
+import re
 import shutil
 import warnings
-import zipfile
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from segcore.errors import CardError, ModelError, SegcoreError, one_line
 from segcore.files import sha256_of
 from segcore.model import load_segmenter
-from segcore.model.card import Artifact, Card, Model, Network, check_card
+from segcore.model.archive import Kind, kind_of, read_state
+from segcore.model.card import Artifact, Card, Model, NetworkClass, check_card
 from segcore.model.graph import copy_whole
-from segcore.model.onnx import OnnxProbe
-from segcore.model.probe import Probed, Sighting, bytes_per_pixel, probe
+from segcore.model.memory import bytes_per_pixel
+from segcore.model.onnx import OnnxNetwork
+from segcore.model.probe import Network, Sighting, probe
 from segcore.model.segmenter import Floats
-from segcore.model.torch import TorchProbe, build, load_module
-from segcore.spec import times, usable_cores
+from segcore.model.torch import TorchNetwork, build, load_module
+from segcore.spec import SAME_SCORES, times, usable_cores
 
-#: Largest difference of scores, relative to their size (or to 1), between what was packed and the original.
-SAME = 1e-4
 #: Side of a window (pixels) where a network is not local and its draft says nothing, by number of axes.
 WINDOW = {2: 512, 3: 128}
 #: What is measured, and so not to be told.
 MEASURED = ("artifacts", "stride", "local", "reach", "fixed_window", "bytes_per_pixel", "probe")
-
-Kind = Literal["onnx", "torchscript", "torch-export", "state"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +57,13 @@ class Packed:
 
 
 def pack(
-    source: Path | torch.nn.Module, draft: Mapping[str, Any], folder: Path, network: Network | None = None
+    source: Path | torch.nn.Module, draft: Mapping[str, Any], folder: Path, network: NetworkClass | None = None
 ) -> Packed:
     """Make a model folder of a network.
 
-    `source`: a module, an ONNX, TorchScript or torch.export file, or a state dict (safetensors, or .pt without code) of
-    `network`. `draft`: the fields of a card that cannot be measured: name, version, license, citation, axes, channels,
-    classes, scaling and so on. Every engine's scores are compared with the original's on sizes that differ from the
+    `source`: a module, an ONNX or TorchScript file, or a state dict (safetensors, or .pt without code) of `network`.
+    `draft`: the fields of a card that cannot be measured: name, version, license, citation, axes, channels, classes,
+    scaling and so on. The scores of what is written are compared with the original's on sizes that differ from the
     one it was exported at. The folder must not exist; it is there only when all has gone well. Raises CardError,
     ModelError.
     """
@@ -72,6 +71,7 @@ def pack(
     if told:
         raise CardError(f"the draft says {', '.join(told)}, which packing measures: leave them out")
     about = check_card(dict(draft) | _unmeasured(draft), "the draft")
+    folder = Path(folder)
     if folder.exists():
         raise ModelError(f"{folder} is there already; choose another place, or remove it")
     partial = folder.with_name(f".{folder.name}.partial")
@@ -87,48 +87,6 @@ def pack(
     return Packed(Model(packed.model.card, folder), packed.sighting, packed.notes)
 
 
-def kind_of(path: Path) -> Kind:
-    """What a file holds, by its content where that tells. Raises ModelError for what is none of these."""
-    if not path.is_file():
-        raise ModelError(f"{path} is no file")
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-        if any("/code/" in name for name in names):
-            return "torchscript"
-        return "torch-export" if path.suffix == ".pt2" else "state"
-    if path.suffix == ".onnx":
-        return "onnx"
-    if path.suffix in (".safetensors", ".pt", ".pth", ".ckpt", ".bin"):
-        return "state"
-    raise ModelError(
-        f"{path} is no network that segflow knows: it packs ONNX (.onnx), TorchScript and torch.export (.pt2) files, "
-        f"and state dicts (.safetensors, .pt, .pth)"
-    )
-
-
-def read_state(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a state dict, or of one inside a checkpoint. Raises ModelError for a pickle of anything else."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickle protocols that it does not know
-            found = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ModelError(
-            f"{path} is a pickle of more than tensors, and loading it could run any code: {one_line(error)}; save "
-            f"`module.state_dict()` instead"
-        ) from error
-    except Exception as error:  # a damaged file makes torch raise almost anything
-        raise ModelError(f"{path} does not load: {one_line(error)}; is it whole?") from error
-    if isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping):
-        found = found["state_dict"]
-    if not (isinstance(found, Mapping) and found and all(isinstance(value, torch.Tensor) for value in found.values())):
-        raise ModelError(f"{path} holds no state dict: a mapping of names to tensors, as `module.state_dict()` gives")
-    return dict(found)
-
-
 def _unmeasured(draft: Mapping[str, Any]) -> dict[str, Any]:
     """Measured fields for a draft that is only to be checked."""
     axes = str(draft.get("axes", "yx"))
@@ -137,66 +95,101 @@ def _unmeasured(draft: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fill(
-    folder: Path, source: Path | torch.nn.Module, about: Card, draft: Mapping[str, Any], network: Network | None
+    folder: Path, source: Path | torch.nn.Module, about: Card, draft: Mapping[str, Any], network: NetworkClass | None
 ) -> Packed:
-    channels, ndim = len(about.channels), len(about.axes)
+    """Weights and card, into a folder that is there."""
     kind = kind_of(source) if isinstance(source, Path) else "state"
-    if kind != "state" and network is not None:
-        raise CardError(f"{source} brings its own network; leave out {network.name}")
-    artifacts: list[Artifact] = []
-    notes: list[str] = []
-    probed: Probed
     if kind == "state":
-        module = _module(source, network)
-        probed = TorchProbe(module, channels, usable_cores())
-        sighting = probe(probed, channels, ndim)
-        examples = _examples(sighting, channels)
-        for write in (_write_onnx, _write_export, _write_safetensors):
-            try:
-                artifact = write(folder, module, network, sighting, examples[0])
-                if artifact is not None:
-                    _verify(Model(_card(about, draft, sighting, [artifact]), folder), probed, examples)
-                    artifacts.append(artifact)
-            except SegcoreError as error:
-                notes.append(str(error))
-        if not artifacts:
-            raise ModelError("; ".join(notes))
+        made = _from_module(folder, _module(source, network), about, draft, network)
+    elif network is not None:
+        raise CardError(f"{source} brings its own network; leave out {network.name}")
     else:
         assert isinstance(source, Path)
-        if kind == "onnx":
-            path = folder / "model.onnx"
-            copy_whole(source, path)
-            probed = OnnxProbe(path, channels, usable_cores())
-        else:
-            path = folder / ("model.ts" if kind == "torchscript" else "model.pt2")
-            shutil.copyfile(source, path)
-            loaded = load_module(Artifact(format=kind, path=path.name, sha256="0" * 64), path)
-            probed = TorchProbe(loaded, channels, usable_cores())
-        artifacts.append(Artifact(format=kind, path=path.name, sha256=sha256_of(path)))
-        sighting = probe(probed, channels, ndim)
-        examples = _examples(sighting, channels)
-        _verify(Model(_card(about, draft, sighting, artifacts), folder), probed, examples)
-    outputs = probed(examples[0]).shape[1]
-    if outputs != len(about.classes) and not (outputs == 1 and about.binary):
-        raise CardError(
-            f"the network gives {outputs} scores for each pixel, and the draft names {len(about.classes)} classes"
-        )
-    if sighting.reach is None and not sighting.sizes.fixed and "window" not in draft:
+        made = _from_file(folder, source, kind, about, draft)
+    sighting, artifacts, notes = made
+    if sighting.reach is None and not sighting.sizes.fixed and about.window is None:
         notes.append(
-            f"it is not local, and the draft names no window: {times(_window(sighting))} pixels were taken; set "
+            f"it is not local, and the draft names no window: {times(_window(sighting, about))} pixels were taken; set "
             f"`window` to the size that it was trained on"
         )
     # The card is written twice: a process that measures the memory has to load the model.
     _write_card(folder, _card(about, draft, sighting, artifacts))
-    held = bytes_per_pixel(str(folder), channels, sighting)
+    held = bytes_per_pixel(str(folder), len(about.channels), sighting, about.window)
     card = _card(about, draft, sighting, artifacts, bytes_per_pixel=float(f"{held:.3g}"))
     _write_card(folder, card)
     return Packed(Model(card, folder), sighting, tuple(notes))
 
 
-def _module(source: Path | torch.nn.Module, network: Network | None) -> torch.nn.Module:
+def _from_module(
+    folder: Path, module: torch.nn.Module, about: Card, draft: Mapping[str, Any], network: NetworkClass | None
+) -> tuple[Sighting, list[Artifact], list[str]]:
+    """Write a module in every format that works, and say which do not."""
+    channels, ndim = len(about.channels), len(about.axes)
+    # A copy, since an engine may take it to another device.
+    original = TorchNetwork(deepcopy(module), channels, usable_cores())
+    sighting = probe(original, channels, ndim)
+    examples = _examples(sighting, channels)
+    _check_outputs(original, examples[0], about)
+    artifacts, notes = list[Artifact](), list[str]()
+    for write in (_write_onnx, _write_export, _write_safetensors):
+        try:
+            artifact = write(folder, module, network, sighting, examples[0])
+            if artifact is not None:
+                _verify(Model(_card(about, draft, sighting, [artifact]), folder), original, examples)
+                artifacts.append(artifact)
+        except SegcoreError as error:
+            notes.append(str(error))
+    if not artifacts:
+        raise ModelError("; ".join(notes))
+    kept = {artifact.path for artifact in artifacts}
+    for path in list(folder.iterdir()):
+        if path.name not in kept:
+            path.unlink()
+    if artifacts[0].format == "onnx":
+        # This is what will run; and NaN may hide, which marks in a graph cannot. But not every operator has marks.
+        with contextlib.suppress(ModelError):
+            sighting = probe(OnnxNetwork(folder / "model.onnx", channels, usable_cores()), channels, ndim)
+    return sighting, artifacts, notes
+
+
+def _from_file(
+    folder: Path, source: Path, kind: Kind, about: Card, draft: Mapping[str, Any]
+) -> tuple[Sighting, list[Artifact], list[str]]:
+    """Take a file that is a network as it is."""
+    channels = len(about.channels)
+    network: Network
+    if kind == "onnx":
+        path = folder / "model.onnx"
+        copy_whole(source, path)
+        network = OnnxNetwork(path, channels, usable_cores())
+        artifact = Artifact(format="onnx", path=path.name, sha256=sha256_of(path))
+    elif kind == "torchscript":
+        path = folder / "model.ts"
+        shutil.copyfile(source, path)
+        artifact = Artifact(format="torchscript", path=path.name, sha256=sha256_of(path))
+        network = TorchNetwork(load_module(artifact, path), channels, usable_cores())
+    else:
+        raise ModelError(
+            f"{source} is an archive of torch.export, which may bring code along; pack the module that it was made "
+            f"of, or export that to ONNX"
+        )
+    sighting = probe(network, channels, len(about.axes))
+    _check_outputs(network, _examples(sighting, channels)[0], about)
+    return sighting, [artifact], []
+
+
+def _check_outputs(network: Network, example: Floats, about: Card) -> None:
+    outputs = network(example).shape[1]
+    if outputs != len(about.classes) and not (outputs == 1 and about.binary):
+        raise CardError(
+            f"the network gives {outputs} scores for each pixel, and the draft names {len(about.classes)} classes"
+        )
+
+
+def _module(source: Path | torch.nn.Module, network: NetworkClass | None) -> torch.nn.Module:
+    """The network that is to be packed, in evaluation mode and float32; what was given stays as it was."""
     if isinstance(source, torch.nn.Module):
-        return source.cpu().float().eval()
+        return deepcopy(source).cpu().float().eval()
     if network is None:
         raise CardError(
             f"{source} holds weights without a network; name its class and arguments (--network, --arguments)"
@@ -227,15 +220,19 @@ def _card(about: Card, draft: Mapping[str, Any], found: Sighting, artifacts: lis
             "floods": found.floods,
         },
     }
-    if found.sizes.fixed or (not local and about.window is None):
-        window = _window(found)
-        measured |= {"window": window, "overlap": draft.get("overlap") or tuple(side // 2 for side in window)}
+    if not local:
+        window = _window(found, about)
+        overlap = tuple(side // 2 for side in window) if about.overlap is None else about.overlap
+        measured |= {"window": window, "overlap": overlap}
     return check_card(dict(draft) | measured | more, "the card")
 
 
-def _window(found: Sighting) -> tuple[int, ...]:
+def _window(found: Sighting, about: Card) -> tuple[int, ...]:
+    """The windows of a network that is not local: its only size, or the draft's, or a usual one."""
     if found.sizes.fixed:
         return found.sizes.shape
+    if about.window is not None:
+        return about.window
     side = WINDOW[len(found.stride)]
     return tuple(max(1, side // s) * s for s in found.stride)
 
@@ -243,31 +240,29 @@ def _window(found: Sighting) -> tuple[int, ...]:
 def _examples(found: Sighting, channels: int) -> list[Floats]:
     """Noise of several sizes that the network accepts: `sizes.shape` and some cells more, differently by axis."""
     rng = np.random.default_rng(0)
-    shapes = [
-        tuple(
-            n + (k + a) * s * bool(k) * bool(m)
-            for a, (n, s, m) in enumerate(zip(found.sizes.shape, found.stride, found.sizes.multiple, strict=True))
-        )
-        for k in range(3)
-    ]
+    shapes = []
+    for k in range(3):
+        axes = enumerate(zip(found.sizes.shape, found.stride, found.sizes.multiple, strict=True))
+        # Two cells at least: exporters take a size of one for the only one.
+        shapes.append(tuple(max(n, 2 * s) + (k + a) * s * bool(k) if m else n for a, (n, s, m) in axes))
     return [rng.standard_normal((1, channels, *shape)).astype(np.float32) for shape in dict.fromkeys(shapes)]
 
 
-def _verify(model: Model, original: Probed, examples: list[Floats]) -> None:
+def _verify(model: Model, original: Network, examples: list[Floats]) -> None:
     """Compare the scores of a packed artifact with the original's. Raises ModelError where they differ."""
     segmenter = load_segmenter(model, usable_cores())
     for example in examples:
         expected, got = original(example), segmenter(example)
         error = float(np.abs(expected - got).max()) / max(1.0, float(np.abs(expected).max()))
-        if not error <= SAME:
+        if not error <= SAME_SCORES:
             raise ModelError(
                 f"{model.card.artifacts[0].path} gives other scores than the original on an image of "
-                f"{times(example.shape[2:])}: they differ by {error:.2g}, and {SAME:g} is allowed"
+                f"{times(example.shape[2:])}: they differ by {error:.2g}, and {SAME_SCORES:g} is allowed"
             )
 
 
 def _write_onnx(
-    folder: Path, module: torch.nn.Module, network: Network | None, found: Sighting, example: Any
+    folder: Path, module: torch.nn.Module, network: NetworkClass | None, found: Sighting, example: Any
 ) -> Artifact:
     """ONNX with a free batch and free sizes, by way of torch.export."""
     path = folder / "model.onnx"
@@ -288,16 +283,19 @@ def _write_onnx(
 
 
 def _write_export(
-    folder: Path, module: torch.nn.Module, network: Network | None, found: Sighting, example: Any
+    folder: Path, module: torch.nn.Module, network: NetworkClass | None, found: Sighting, example: Any
 ) -> Artifact:
     path = folder / "model.pt2"
     with _quiet("torch.export"):
-        torch.export.save(_export(module, found, example), path)
+        # By way of memory: on a full disk its own writer ends the process.
+        content = io.BytesIO()
+        torch.export.save(_export(module, found, example), content)
+        path.write_bytes(content.getvalue())
     return Artifact(format="torch-export", path=path.name, sha256=sha256_of(path))
 
 
 def _write_safetensors(
-    folder: Path, module: torch.nn.Module, network: Network | None, found: Sighting, example: Any
+    folder: Path, module: torch.nn.Module, network: NetworkClass | None, found: Sighting, example: Any
 ) -> Artifact | None:
     if network is None:
         return None
@@ -320,6 +318,7 @@ def _export(module: torch.nn.Module, found: Sighting, example: Any) -> torch.exp
 @contextlib.contextmanager
 def _quiet(what: str) -> Iterator[None]:
     """Exporters warn a lot and fail with whatever they like."""
+    disabled = logging.root.manager.disable
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -328,9 +327,12 @@ def _quiet(what: str) -> Iterator[None]:
     except ImportError as error:
         raise ModelError(f"packing as {what} needs {error.name}; run `pip install 'segflow[pack]'`") from error
     except Exception as error:
-        raise ModelError(f"the network cannot be packed as {what}: {one_line(error)}") from error
+        reason = re.sub(r"\x1b\[[0-9;]*m", "", one_line(error))
+        raise ModelError(
+            f"the network cannot be packed as {what}: {reason}; where you can, export it to ONNX and pack that"
+        ) from error
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(disabled)
 
 
 def _write_card(folder: Path, card: Card) -> None:

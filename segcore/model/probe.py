@@ -6,20 +6,15 @@ so is found in two ways that do not trust each other:
 
 - one cell in the middle of a long strip is marked, and its *footprint* tells which outputs may depend on it. In torch
   a NaN is the mark (`segcore.model.torch`), in ONNX a graph carries marks in place of values (`segcore.model.graph`);
-- then the network itself is run on two strips that agree within the reach of a cell and nowhere else, and that lie
-  one stride apart: the outputs of the cell must be the same (`largest_error`). This second test is cheap, and is
-  repeated whenever a network is loaded.
+- then the network itself is run on two strips that agree within the reach of some cells and nowhere else: the scores
+  of these cells must be the same (`largest_error`). This second test is cheap, and repeated whenever a network is
+  loaded.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -29,12 +24,16 @@ from segcore.errors import ModelError
 from segcore.model.segmenter import Floats, Segmenter
 from segcore.spec import Sides, Sight, times
 
-#: Relative difference of scores up to which two runs of a network count as the same: many times what rounding makes.
-SAME = 1e-3
+#: Difference of scores, relative to their size, that rounding may make. On a CPU none was ever seen.
+ROUNDING = {"CPU": 1e-5, "CUDA": 1e-3}
+#: What differs in two strips is so many times larger than what does not, so that little influence shows.
+_CONTRAST = np.float32(1000)
 #: Sides of images that are tried until a network takes one, for images and volumes.
 _SIDES = {1: (256,), 2: (128, 96, 224, 256, 320, 512, 64), 3: (64, 96, 32, 128, 112, 48)}
-#: Length of a strip (pixels) behind which a network that still sees its ends is not worth tiling.
+#: Length of the strips that are probed (pixels): who still sees their ends is not worth tiling.
 _LONGEST = {1: 8192, 2: 4096, 3: 1024}
+#: Least and largest side of the image in which a network is looked at from all around.
+_SQUARE = {1: (256, 8192), 2: (512, 1536), 3: (64, 112)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +47,7 @@ class Trace:
     flops: int
 
 
-class Probed(Segmenter, Protocol):
+class Network(Segmenter, Protocol):
     """A network that can also be asked what its outputs depend on."""
 
     spatial: tuple[int | None, ...] | None
@@ -70,7 +69,7 @@ class Probed(Segmenter, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Which sizes a network accepts: `shape`, and every other that differs from it by multiples of `multiple`.
+    """Which sizes a network accepts: `shape`, and what differs from it by multiples of `multiple`, which divide it.
 
     A multiple of 0 means that the axis takes no other size.
     """
@@ -104,26 +103,30 @@ class Sighting:
     engine: str
 
 
-def probe(network: Probed, channels: int, ndim: int) -> Sighting:
+def probe(network: Network, channels: int, ndim: int) -> Sighting:
     """Measure a network of `channels` inputs and `ndim` spatial axes. Raises ModelError if it takes no image at all."""
     sizes = accepted_sizes(network, channels, ndim)
+    if not np.isfinite(network(_noise((1, channels, *sizes.shape)))).all():
+        raise ModelError("the network gives NaN or infinity for an image of noise; are its weights whole?")
     trace = network.trace(sizes.shape)
     stride = tuple(math.lcm(d, m or 1) for d, m in zip(trace.downsampling, sizes.multiple, strict=True))
     reach, floods = _reach(network, channels, sizes, stride)
-    if reach is not None and not sizes.fixed:
-        error = largest_error(network, Sight(stride, reach), channels)
-        if error > SAME:
-            reach, floods = None, (f"scores depend on where a window lies: they differ by {error:.1%}",)
+    if reach is not None:
+        error = largest_error(network, Sight(stride, reach), channels, _LONGEST[ndim] // 8)
+        if error > rounding_of(network):
+            why = "a layer knows where it is or how large the image is, or hides what it sees"
+            reach, floods = None, (f"scores change by {error:.1%} with what lies beyond the reach found: {why}",)
     flops = trace.flops / math.prod(sizes.shape)
     return Sighting(sizes, stride, reach, floods, network.parameters, flops, network.engine)
 
 
-def accepted_sizes(network: Probed, channels: int, ndim: int) -> Sizes:
+def accepted_sizes(network: Network, channels: int, ndim: int) -> Sizes:
     """Which sizes a network turns into scores of the same size. Raises ModelError where there is none."""
     declared = network.spatial or (None,) * ndim
     if len(declared) != ndim:
         raise ModelError(f"the network has {len(declared)} spatial axes, and its card says {ndim}; check `axes`")
     reasons: list[str] = []
+    steps = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 18, 20, 24, 28, 32, 48, 64, 96, 112, 128, 256)
 
     def accepts(shape: tuple[int, ...]) -> bool:
         try:
@@ -138,139 +141,142 @@ def accepted_sizes(network: Probed, channels: int, ndim: int) -> Sizes:
     candidates = [tuple(n or side for n in declared) for side in (_SIDES[ndim] if None in declared else (0,))]
     shape = next(filter(accepts, candidates), None)
     if shape is None:
-        tried = ", ".join(map(times, candidates))
+        sides = ", ".join(map(times, candidates))
         raise ModelError(
-            f"the network takes no image of {channels} channels and {tried} pixels and gives back scores on the same "
+            f"the network takes no image of {channels} channels and {sides} pixels and gives back scores on the same "
             f"grid ({reasons[0]}); segflow needs one score of each class for every pixel"
         )
     multiple = []
     for axis, n in enumerate(declared):
-        steps = (2**k for k in range(8)) if n is None else ()
-        longer = ((step, tuple(s + step * (a == axis) for a, s in enumerate(shape))) for step in steps)
+        tried = (step for step in steps if n is None and shape[axis] % step == 0)
+        longer = ((step, tuple(s + step * (a == axis) for a, s in enumerate(shape))) for step in tried)
         multiple.append(next((step for step, other in longer if accepts(other)), 0))
     return Sizes(shape, tuple(multiple))
 
 
-def largest_error(segmenter: Segmenter, sight: Sight, channels: int, axes: tuple[int, ...] | None = None) -> float:
-    """How far a promise of locality is from true: 0 where it holds, some thousandths or more where it does not.
+def rounding_of(segmenter: Segmenter) -> float:
+    """Up to what `largest_error` counts as none, in this engine: on a GPU far pixels may take part in rounding."""
+    return ROUNDING["CUDA" if "CUDA" in segmenter.engine else "CPU"]
 
-    Along each axis (or those in `axes`), two strips of noise are alike within the halo of one cell and differ by much
-    everywhere else; and the cell lies one stride further in the second. The largest difference of its raw scores,
-    relative to their size. Raises ModelError where the network does not take the strips.
+
+def largest_error(segmenter: Segmenter, sight: Sight, channels: int, margin: int = 64) -> float:
+    """How far a promise of locality is from true, relative to the scores; `rounding_of` where it holds.
+
+    Along each axis, a strip of noise is compared with two others of other lengths. One is like it within the halo of
+    its first cell, one within that of its last, and both within that of a cell in the middle, which lies elsewhere in
+    each; the rest differs by much, for `margin` pixels at least. The scores of these cells must be the same. Raises
+    ModelError where the network does not take the strips.
     """
     worst = 0.0
-    for axis in range(len(sight.stride)) if axes is None else axes:
-        s, (before, after) = sight.stride[axis], sight.halo[axis]
-        shape = _strip(segmenter, channels, sight.stride, axis, before + after + 4 * s)
-        first = np.moveaxis(_noise((1, channels, *shape)), 2 + axis, 0)
-        second = np.moveaxis(30 * _noise((1, channels, *shape), seed=1), 2 + axis, 0)
-        second[2 * s : 2 * s + before + s + after] = first[s : s + before + s + after]
-        cells = []
-        for strip, start in ((first, s + before), (second, 2 * s + before)):
-            out = segmenter(np.ascontiguousarray(np.moveaxis(strip, 0, 2 + axis)))
-            cells.append(np.moveaxis(out, 2 + axis, 0)[start : start + s])
-        size = max(float(np.abs(cells[0]).max()), 1e-6)
-        error = float(np.abs(cells[0] - cells[1]).max()) / size
-        worst = max(worst, error if np.isfinite(error) else math.inf)
+    for axis, (s, (before, after)) in enumerate(zip(sight.stride, sight.halo, strict=True)):
+        gap = -(-max(margin, before + after) // s) * s
+        cell = before + s + after
+        length = s + after + gap + cell + gap + before + s
+        middle = s + after + gap
+        shape = _strip(segmenter, channels, sight.stride, axis, length)
+        one = np.moveaxis(_noise((1, channels, *shape)), 2 + axis, 0)
+        mine = _along(segmenter, one, axis)
+        # In each of the others: how much longer it is, where the middle lies, and which end is alike: where that begins
+        # here and there, its length, and where in it the cell lies.
+        for more, shift, here, there, count, at in (
+            (3 * s, s, 0, 0, s + after, 0),
+            (5 * s, 4 * s, length - before - s, length - before + 4 * s, before + s, before),
+        ):
+            longer = tuple(n + more * (a == axis) for a, n in enumerate(shape))
+            other = np.moveaxis(_CONTRAST * _noise((1, channels, *longer), seed=more), 2 + axis, 0)
+            other[there : there + count] = one[here : here + count]
+            other[middle + shift : middle + shift + cell] = one[middle : middle + cell]
+            theirs = _along(segmenter, other, axis)
+            for a, b in ((here + at, there + at), (middle + before, middle + shift + before)):
+                size = max(float(np.abs(mine[a : a + s]).max()), 1e-6)
+                error = float(np.abs(mine[a : a + s] - theirs[b : b + s]).max()) / size
+                worst = max(worst, error if np.isfinite(error) else math.inf)
     return worst
 
 
+def _along(segmenter: Segmenter, strip: Floats, axis: int) -> Floats:
+    """Scores of a strip; in both its own axis comes first."""
+    return np.moveaxis(segmenter(np.ascontiguousarray(np.moveaxis(strip, 0, 2 + axis))), 2 + axis, 0)
+
+
 def _strip(segmenter: Segmenter, channels: int, stride: tuple[int, ...], axis: int, length: int) -> tuple[int, ...]:
-    """The shape of a strip of this length: one cell thick, or two for a network that dislikes features of one pixel."""
-    thin, thick = (tuple(length if a == axis else k * s for a, s in enumerate(stride)) for k in (1, 2))
-    short = tuple(min(n, 4 * s) for n, s in zip(thin, stride, strict=True))
-    try:
-        segmenter(_noise((1, channels, *short)))
-    except ModelError:
-        return thick
-    return thin
+    """The shape of a strip of this length, as thin as the network takes it: a few do not like features of one pixel.
+
+    Raises ModelError where it takes none.
+    """
+    for cells in (1, 2, 4, 8, 16):
+        shape = tuple(length if a == axis else cells * s for a, s in enumerate(stride))
+        short = tuple(min(n, max(4 * s, 32 // s * s)) for n, s in zip(shape, stride, strict=True))
+        try:
+            segmenter(_noise((1, channels, *short)))
+        except ModelError as error:
+            reason = error
+        else:
+            return shape
+    raise ModelError(f"the network takes no strip of {length} pixels, so that it cannot be probed: {reason}")
 
 
 def _reach(
-    network: Probed, channels: int, sizes: Sizes, stride: tuple[int, ...]
+    network: Network, channels: int, sizes: Sizes, stride: tuple[int, ...]
 ) -> tuple[Sides | None, tuple[str, ...]]:
     """How far the outputs of a cell see, per axis and side; or None, and the layers that see everything."""
+    if sizes.fixed:
+        marked = _marked(sizes.shape, 0, sizes.shape[0] // stride[0] // 2 * stride[0], stride[0])
+        return None, network.flooding(marked) or (f"it takes images of {sizes}, which nothing can be cut out of",)
     found = []
     for axis, s in enumerate(stride):
-        length = sizes.shape[axis] if sizes.fixed else -(-max(256, 16 * s) // s) * s
-        while True:
-            shape = sizes.shape if sizes.fixed else _strip(network, channels, stride, axis, length)
-            start = shape[axis] // s // 2 * s
-            marked = np.zeros(shape, bool)
-            np.moveaxis(marked, axis, 0)[start : start + s] = True
-            others = tuple(a for a in range(len(stride)) if a != axis)
-            seen = np.flatnonzero(network.footprint(marked).any(axis=others))
-            if seen.size == 0 or (seen[0] > 0 and seen[-1] < shape[axis] - 1):
-                break
-            # What sees far fills a short strip as well as what sees everything: only a long one tells them apart.
-            if sizes.fixed or 2 * length > _LONGEST[len(stride)]:
-                far = (
-                    f"it sees all of its only size, {times(shape)}" if sizes.fixed else f"it sees {length // 2} pixels"
-                )
-                return None, network.flooding(marked) or (far,)
-            length *= 2
+        # Always the longest strip: what looks far through wide gaps jumps over the ends of a short one.
+        length = _LONGEST[len(stride)] // (2 * s) * 2 * s
+        start = length // 2
+        marked = _marked(_strip(network, channels, stride, axis, length), axis, start, s)
+        seen = _extents(network.footprint(marked))[axis]
+        if seen is None:
+            return None, ("marks on the image do not arrive in the scores: a layer hides NaN from the probe",)
+        if seen[0] == 0 or seen[1] == length - 1:
+            return None, network.flooding(marked) or (f"it sees {length // 2} pixels or more",)
         # Outputs behind the marked cell see what lies before them, and the other way round.
-        ends = (int(seen[0]), int(seen[-1])) if seen.size else (start, start)
-        found.append((max(0, ends[1] - (start + s - 1)), max(0, start - ends[0])))
-    return tuple(found), ()
+        found.append((max(0, seen[1] - (start + s - 1)), max(0, start - seen[0])))
+    return _look_around(network, channels, stride, tuple(found))
 
 
-def bytes_per_pixel(model: str, channels: int, found: Sighting) -> float:
-    """What the engine holds for each pixel of a window, in bytes, at its peak; measured in a process of its own.
-
-    `model`: a built-in name or a folder. Two sizes are run, and the second counts, by what it holds over the process at
-    rest or over the first, whichever is more: heaps keep what they had, and a prediction should be no less than the
-    truth. Where the peak of a process cannot be set back (on Linux it can), the larger image comes last. Raises
-    ModelError.
-    """
-    shapes = [found.sizes.shape, found.sizes.shape]
-    if not found.sizes.fixed:
-        side = {1: 2**18, 2: 512, 3: 64}[len(found.stride)]
-        small = tuple(max(1, side // s) * s for s in found.stride)
-        shapes = [small, tuple(2 * n for n in small)]
-    request = json.dumps({"model": model, "channels": channels, "shapes": shapes})
-    child = subprocess.run(
-        [sys.executable, "-m", "segcore.model.probe"], input=request, capture_output=True, text=True, check=False
-    )
-    if child.returncode:
-        reason = (child.stderr.strip().splitlines() or [f"it ended with {child.returncode}"])[-1]
-        raise ModelError(f"cannot measure the memory of {model}: {reason}")
-    first, second = (float(held) for held in json.loads(child.stdout))
-    pixels = math.prod(shapes[1])
-    steeper = 0.0 if found.sizes.fixed else (second - first) / (pixels - math.prod(shapes[0]))
-    return max(4.0 * channels, steeper, max(first, second) / pixels)
+def _look_around(
+    network: Network, channels: int, stride: tuple[int, ...], reach: Sides
+) -> tuple[Sides | None, tuple[str, ...]]:
+    """The reach, widened by what is seen of a cell in the middle of a square: strips are blind for diagonals."""
+    low, high = _SQUARE[len(stride)]
+    furthest = max(side for sides in reach for side in sides)
+    shape = tuple(-(-min(max(low, 2 * furthest + 4 * s), high) // s) * s for s in stride)
+    centre = tuple(n // s // 2 * s for n, s in zip(shape, stride, strict=True))
+    marked = np.zeros(shape, bool)
+    marked[tuple(slice(c, c + s) for c, s in zip(centre, stride, strict=True))] = True
+    wider = []
+    for seen, c, s, n, (before, after) in zip(
+        _extents(network.footprint(marked)), centre, stride, shape, reach, strict=True
+    ):
+        if seen is None:
+            return None, ("marks on the image do not arrive in the scores: a layer hides NaN from the probe",)
+        further = (seen[1] - (c + s - 1), c - seen[0])
+        if (seen[0] == 0 and after < c) or (seen[1] == n - 1 and before < n - c - s):
+            return None, (f"it sees {c} pixels or more, not along its axes",)
+        wider.append((max(before, further[0]), max(after, further[1])))
+    return tuple(wider), ()
 
 
-def _measure_memory() -> None:
-    """The child of `bytes_per_pixel`: what is held at the peak over the process at rest, in bytes, for each shape."""
-    from segcore.model import load_segmenter
-    from segcore.model.card import load_card
-    from segcore.spec import usable_cores
-
-    request = json.load(sys.stdin)
-    segmenter = load_segmenter(load_card(request["model"]), usable_cores())
-    images = [_noise((1, request["channels"], *shape)) for shape in request["shapes"]]
-    rest, peaks = _held("VmRSS"), []
-    for image in images:
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-        segmenter(image)
-        peaks.append(_held("VmHWM") - rest)
-    sys.stdout.write(json.dumps(peaks))
+def _extents(marks: NDArray[np.bool_]) -> list[tuple[int, int] | None]:
+    """The first and the last marked pixel along each axis."""
+    found: list[tuple[int, int] | None] = []
+    for axis in range(marks.ndim):
+        seen = np.flatnonzero(marks.any(axis=tuple(a for a in range(marks.ndim) if a != axis)))
+        found.append((int(seen[0]), int(seen[-1])) if seen.size else None)
+    return found
 
 
-def _held(key: str) -> int:
-    """Bytes that this process holds now (`VmRSS`) or held at its peak (`VmHWM`); without /proc always the latter."""
-    with contextlib.suppress(OSError):
-        return int(Path("/proc/self/status").read_text().partition(f"{key}:")[2].split()[0]) * 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def _marked(shape: tuple[int, ...], axis: int, start: int, count: int) -> NDArray[np.bool_]:
+    """Marks on `count` pixels of an axis, across all the others."""
+    marks = np.zeros(shape, bool)
+    np.moveaxis(marks, axis, 0)[start : start + count] = True
+    return marks
 
 
 def _noise(shape: tuple[int, ...], seed: int = 0) -> Floats:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-if __name__ == "__main__":
-    _measure_memory()

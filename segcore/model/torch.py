@@ -1,4 +1,4 @@
-"""Networks in torch, their only home: TorchScript, torch.export, and classes whose weights lie in safetensors."""
+"""Networks in torch: TorchScript, torch.export, and classes whose weights lie in safetensors."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from segcore.errors import CardError, ModelError, one_line
-from segcore.model.card import Artifact, Network
-from segcore.model.probe import Probed, Trace
+from segcore.model.archive import open_export, read_state
+from segcore.model.card import Artifact, NetworkClass
+from segcore.model.probe import Network, Trace
 from segcore.model.segmenter import Floats, Segmenter
 
 
@@ -29,18 +28,21 @@ def load_module(artifact: Artifact, path: Path) -> torch.nn.Module:
     """
     try:
         if artifact.format == "torchscript":
-            return torch.jit.load(str(path), map_location="cpu").eval()  # type: ignore[no-untyped-call]
+            module = torch.jit.load(str(path), map_location="cpu").eval()  # type: ignore[no-untyped-call]
+            if "aten::from_file" in str(module.inlined_graph):
+                raise ModelError(f"{path} reads or writes files (aten::from_file), which no network needs")
+            return module
         if artifact.format == "torch-export":
-            return torch.export.load(path).module()
+            return open_export(path)
         assert artifact.network is not None
         module = build(artifact.network)
-        module.load_state_dict(load_file(path))
+        module.load_state_dict(read_state(path))
         return module.eval()
-    except (RuntimeError, ValueError, OSError, KeyError, SafetensorError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         raise ModelError(f"{path} does not load as {artifact.format}: {one_line(error)}") from error
 
 
-def build(network: Network) -> torch.nn.Module:
+def build(network: NetworkClass) -> torch.nn.Module:
     """A network of an allowed class, its weights random. Raises CardError, or ModelError without its package."""
     home, _, name = network.name.rpartition(".")
     package = home.partition(".")[0]
@@ -53,6 +55,11 @@ def build(network: Network) -> torch.nn.Module:
     if not (isinstance(found, type) and issubclass(found, torch.nn.Module) and found.__module__.startswith(package)):
         raise CardError(f"{network.name} is no network of {package}; see its documentation for their names")
     arguments: dict[str, Any] = dict(network.arguments)
+    for key, value in arguments.items():
+        if value and ("pretrained" in key or "url" in key):
+            raise CardError(
+                f"{network.name}: the argument {key} fetches weights, and those come from a file; leave it out"
+            )
     if package == "segmentation_models_pytorch":
         # Its default is to fetch an encoder's weights, and those are in the file already.
         arguments["encoder_weights"] = None
@@ -68,6 +75,9 @@ class TorchSegmenter:
     def __init__(self, module: torch.nn.Module, threads: int) -> None:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._threads = threads
+        if self._device.type == "cuda":
+            # TF32 keeps 10 bits of a float32: too few for the scores of tiles to be those of the whole.
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         self._module = module.to(self._device)
         self.device = threading.Lock()
         on = "CUDA" if self._device.type == "cuda" else f"CPU, {threads} threads"
@@ -80,14 +90,17 @@ class TorchSegmenter:
                 # OpenMP keeps the number of threads per calling thread, so it is said in each of them.
                 torch.set_num_threads(self._threads)
                 out = self._module(torch.from_numpy(batch).to(self._device))
-        except (RuntimeError, ValueError, AssertionError) as error:
+        except Exception as error:  # whatever the module's own code raises
             raise ModelError(f"torch failed on a batch of shape {batch.shape}: {_cause(error)}") from error
         if not isinstance(out, torch.Tensor):
-            raise ModelError(f"the network returns {type(out).__name__}, and segflow wants one tensor")
+            raise ModelError(
+                f"the network returns {type(out).__name__}, and segflow wants one tensor, the scores: put it into a "
+                f"module that returns just these"
+            )
         return np.ascontiguousarray(out.float().cpu().numpy())
 
 
-class TorchProbe(TorchSegmenter):
+class TorchNetwork(TorchSegmenter):
     """A module under the probe. A NaN in its input marks whatever an output depends on, in one forward pass.
 
     Convolution, pooling, normalisation, the usual activations and interpolation all carry NaN.
@@ -182,5 +195,5 @@ def _cause(error: Exception) -> str:
     return next((line for line in reversed(lines) if "Error: " in line), lines[-1] if lines else "unknown")
 
 
-def _conforms(segmenter: TorchSegmenter, probe: TorchProbe) -> tuple[Segmenter, Probed]:
+def _conforms(segmenter: TorchSegmenter, probe: TorchNetwork) -> tuple[Segmenter, Network]:
     return segmenter, probe
