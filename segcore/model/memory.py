@@ -24,8 +24,8 @@ def bytes_per_pixel(model: str, channels: int, found: Sighting, window: tuple[in
 
     `model`: a built-in name or a folder; `window`: its card's, for one that is not local. Two sizes are run, and the
     second counts, by what it holds over the process at rest or over the first, whichever is more: heaps keep what they
-    had, and a prediction should be no less than the truth. Where the peak of a process cannot be set back (on Linux it can), the larger image comes last. Raises
-    ModelError.
+    had, and a prediction should be no less than the truth. Where the peak of a process cannot be set back (on Linux it
+    can), the larger image comes last. Raises ModelError.
     """
     shapes = [found.sizes.shape, found.sizes.shape]
     if found.reach is None and window is not None:

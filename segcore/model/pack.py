@@ -20,7 +20,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +148,9 @@ def _from_module(
     if artifacts[0].format == "onnx":
         # This is what will run; and NaN may hide, which marks in a graph cannot. But not every operator has marks.
         with contextlib.suppress(ModelError):
-            sighting = probe(OnnxNetwork(folder / "model.onnx", channels, usable_cores()), channels, ndim)
+            graph = OnnxNetwork(folder / "model.onnx", channels, usable_cores())
+            # Exporters fold parameters into each other: the module's own number is the right one.
+            sighting = replace(probe(graph, channels, ndim), parameters=sighting.parameters)
     return sighting, artifacts, notes
 
 
