@@ -169,7 +169,7 @@ def largest_error(segmenter: Segmenter, sight: Sight, channels: int, margin: int
     """
     worst = 0.0
     for axis, (s, (before, after)) in enumerate(zip(sight.stride, sight.halo, strict=True)):
-        gap = -(-max(margin, before + after) // s) * s
+        gap = -(-margin // s) * s
         cell = before + s + after
         length = s + after + gap + cell + gap + before + s
         middle = s + after + gap
