@@ -6,15 +6,15 @@ of a finished product once more, with other borders.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, product
+from random import Random
 from typing import Any
 
 import numpy as np
 
 from segcore.box import Box
-from segcore.errors import ProductError
 from segcore.io.source import Floats, Labels
 from segcore.plan import Plan
 from segcore.spec import SAME_SCORES, Sides
@@ -22,6 +22,8 @@ from segcore.tile import Labeller
 
 #: How many places of a scene are looked at.
 PLACES = 8
+#: How many more are looked at where those have no valid pixel.
+_MORE_PLACES = 500
 #: Side of a place (pixels of the scene), by number of axes; at least two cells of the network's stride.
 _SIDE = {1: 256, 2: 64, 3: 24}
 
@@ -115,33 +117,31 @@ def report_seams(labeller: Labeller, read_mask: Callable[[Box], Labels], allowed
     """Label a sample of places again, in one tile each and cut where tiles of the plan end, and compare.
 
     In one tile they see the network's whole reach, whatever halo the plan has. `allowed`: difference of scores that
-    does not count. Raises ProductError where no place has a valid pixel.
+    does not count. The report is of no place at all where tiles meet on nodata only.
     """
     plan = labeller.plan
     whole = replace(labeller, plan=plan.with_halo(None))
     pixels = differ = decided = seen = 0
     change = 0.0
-    for box in islice(_places(plan), 8 * PLACES):
+    for box in _places(plan):
         if seen == PLACES:
             break
-        expected = whole(whole.plan.tile_of(box))
-        if not expected.valid:
+        mask = read_mask(box)
+        if (mask == labeller.card.label_nodata).all():
             continue
+        expected = whole(whole.plan.tile_of(box))
         labels, scores = expected.labels, expected.scores
         cut_labels, cut_scores = np.empty_like(labels), np.empty_like(scores)
         for piece in _pieces(box, plan):
             at = piece.slices(box.start)
             found = labeller(plan.tile_of(piece))
             cut_labels[at], cut_scores[(slice(None), *at)] = found.labels, found.scores
-        mask = read_mask(box)
         seen, pixels = seen + 1, pixels + expected.valid
         other = (mask != labels) | (mask != cut_labels)
         second, best = np.sort(scores, axis=0)[-2:]
         differ += int(np.count_nonzero(other))
         decided += int(np.count_nonzero(other & ~(best - second <= 2 * allowed)))
         change = max(change, _largest(scores, cut_scores))
-    if not seen:
-        raise ProductError(f"{labeller.source.uri}: no place where tiles meet has a valid pixel to compare")
     return SeamReport(seen, pixels, differ, decided, change, allowed)
 
 
@@ -153,18 +153,29 @@ def _places(plan: Plan) -> Iterator[Box]:
     # Of the network's grid; on the scene's it may only be near.
     unit = [max(1, s * n // m) for s, n, m in zip(plan.sight.stride, plan.grid.shape, plan.canvas, strict=True)]
     half = [-(-_SIDE[len(unit)] // (2 * s)) * s for s in unit]
+
+    def around(point: Sequence[int]) -> Box:
+        centre = tuple(p // s * s for p, s in zip(point, unit, strict=True))
+        return Box(centre, centre).grow(tuple((h, h) for h in half)) & plan.grid.box
+
     lines = []
     for n, core, count, s in zip(plan.grid.shape, plan.core, plan.counts, unit, strict=True):
-        cuts = [core * i for i in range(1, count)] or [max(1, n * k // (4 * s)) * s for k in (2, 1, 3)]
+        cuts = range(core, n, core) if count > 1 else [max(1, n * k // (4 * s)) * s for k in (2, 1, 3)]
         # First a few that are far apart, whatever their number.
         steps = [round((k + 0.5) * len(cuts) / 8) % len(cuts) for k in (4, 1, 6, 2, 7, 0, 3, 5)]
         lines.append(list(dict.fromkeys(cuts[step] for step in steps)))
-    corners = sorted(product(*(range(len(line)) for line in lines)), key=sum)
-    for corner in corners:
-        centre = tuple(line[k] // s * s for line, k, s in zip(lines, corner, unit, strict=True))
-        around = Box(centre, centre).grow(tuple((h, h) for h in half)) & plan.grid.box
-        if around.size:
-            yield around
+    for corner in sorted(product(*(range(len(line)) for line in lines)), key=sum):
+        if (box := around([line[k] for line, k in zip(lines, corner, strict=True)])).size:
+            yield box
+    # Then anywhere on a border: much of a scene may be nodata.
+    chance = Random(0)
+    borders = [axis for axis, count in enumerate(plan.counts) if count > 1]
+    for _ in range(_MORE_PLACES if borders else 0):
+        point = [chance.randrange(n) for n in plan.grid.shape]
+        axis = chance.choice(borders)
+        point[axis] = plan.core[axis] * chance.randrange(1, plan.counts[axis])
+        if (box := around(point)).size:
+            yield box
 
 
 def _pieces(box: Box, plan: Plan) -> Iterator[Box]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import subprocess
 import warnings
 import zipfile
@@ -243,6 +244,10 @@ def test_weights_beside_an_onnx_file_are_not_found_when_it_runs(tmp_path: Path) 
         load_segmenter(load_card(str(folder)), 2)
 
 
+#: Python's parser sees a comment here, and one that skips new lines a call.
+SMUGGLED = json.dumps({"expr_str": "Max('a\\\n'#', __import__('os').system('x')\n)"}).encode()[1:-1]
+
+
 def armed_export(path: Path, member: str, change: Callable[[bytes], bytes]) -> Path:
     """A torch.export archive with one member changed, or added."""
     as_export(Plain().eval(), path)
@@ -260,12 +265,16 @@ def armed_export(path: Path, member: str, change: Callable[[bytes], bytes]) -> P
 @pytest.mark.parametrize(
     ("member", "change", "words"),
     [
-        ("data/sample_inputs/model.pt", lambda _: pickle.dumps(Bomb()), "pickle of more than tensors"),
         ("data/weights/model_weights_config.json", lambda c: c.replace(b'"use_pickle": false', b'"use_pickle": true'),
          "is pickled"),
         ("data/aotinductor/model/a.so", lambda _: b"ELF", "which no network needs"),
-        ("models/model.json", lambda c: c.replace(b"torch.ops.aten.relu.default", b"torch.os.system"), "no operator"),
-        ("models/model.json", lambda c: c.replace(b"Integer(", b"__import__('os').system(", 1), "no sum or product"),
+        ("DATA/weights/model_weights_config.json", lambda _: b"{}", "two members of one name"),
+        ("../other/version", lambda _: b"1", "which no network needs"),
+        ("models/model.json", lambda c: c.replace(b"torch.ops.aten.relu.default", b"torch.os.system"), "not among"),
+        ("models/model.json", lambda c: c.replace(b"aten.relu.default", b"aten.from_file.default"), "not among"),
+        ("models/model.json", lambda c: c.replace(b"Integer(", b"__import__('os').system(", 1), "no arithmetic"),
+        ("models/model.json", lambda c: re.sub(rb'"expr_str": "[^"]*"', lambda _: SMUGGLED, c), "no arithmetic"),
+        ("models/model.json", lambda c: c.replace(b'builtins.tuple', b'collections.defaultdict'), "plain tuples"),
     ],
 )  # fmt: skip
 def test_export_archives_that_bring_code_are_not_opened(
@@ -282,6 +291,19 @@ def test_arguments_that_fetch_weights_are_refused(tmp_path: Path) -> None:
     network = NetworkClass(name="monai.networks.nets.HoVerNet", arguments={"pretrained_url": "http://example.org/a"})
     with pytest.raises(CardError, match="fetches weights"):
         pack(tmp_path / "a.safetensors", draft(), tmp_path / "model", network)
+
+
+def test_inputs_that_come_with_an_export_archive_are_not_unpickled(tmp_path: Path) -> None:
+    path = armed_export(tmp_path / "net.pt2", "data/sample_inputs/model.pt", lambda _: pickle.dumps(Bomb()))
+    assert isinstance(open_export(path), nn.Module)
+
+
+def test_what_is_packed_says_nothing_of_this_machine(tmp_path: Path) -> None:
+    folder = pack(unet(), draft(), tmp_path / "model").model.folder
+    with zipfile.ZipFile(folder / "model.pt2") as archive:
+        everything = b"".join(archive.read(name) for name in archive.namelist())
+    assert b"site-packages" not in everything
+    assert str(Path(__file__).parent.parent).encode() not in everything + (folder / "model.onnx").read_bytes()
 
 
 class Bomb:

@@ -190,8 +190,9 @@ def test_monais_basic_unet_with_aligned_corners_is_not_local() -> None:
 
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate"])
 def test_paddings_that_a_tile_at_the_border_repeats_are_local(mode: str) -> None:
-    found = seen_by(nn.Conv2d(2, 2, 7, padding=3, padding_mode=mode))
-    assert found.reach == ((3, 3), (3, 3))
+    for reach in (3, 20):
+        found = seen_by(nn.Conv2d(2, 2, 2 * reach + 1, padding=reach, padding_mode=mode))
+        assert found.reach == ((reach, reach), (reach, reach))
 
 
 @pytest.mark.parametrize(("poolings", "short"), [(2, 20), (3, 40), (4, 16)])

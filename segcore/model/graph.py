@@ -198,6 +198,24 @@ class OnnxGraph:
             raise ModelError(f"{self._path} does not take an input of shape {shape}: {one_line(error)}") from error
 
 
+def drop_comments(path: Path) -> None:
+    """Take out of an ONNX file what its exporter noted of the code and the machine that it came from."""
+    model = onnx.load(path, format="protobuf")
+    for node in _with_inner(chain(model.graph.node, *(function.node for function in model.functions))):
+        node.ClearField("doc_string")
+        node.ClearField("metadata_props")
+    for part in (
+        model,
+        model.graph,
+        *model.graph.input,
+        *model.graph.output,
+        *model.graph.value_info,
+        *model.functions,
+    ):
+        part.ClearField("metadata_props")
+    onnx.save(model, path)
+
+
 def copy_whole(source: Path, target: Path) -> None:
     """Copy an ONNX file, taking in weights that lie in files beside it: a digest then vouches for them, too.
 

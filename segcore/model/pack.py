@@ -31,9 +31,9 @@ from safetensors.torch import save_file
 from segcore.errors import CardError, ModelError, SegcoreError, one_line
 from segcore.files import sha256_of
 from segcore.model import load_segmenter
-from segcore.model.archive import Kind, kind_of, read_state
+from segcore.model.archive import Kind, kind_of, plain_export, read_state
 from segcore.model.card import Artifact, Card, Model, NetworkClass, check_card
-from segcore.model.graph import copy_whole
+from segcore.model.graph import copy_whole, drop_comments
 from segcore.model.memory import bytes_per_pixel
 from segcore.model.onnx import OnnxNetwork
 from segcore.model.probe import Network, Sighting, probe
@@ -281,6 +281,7 @@ def _write_onnx(
         )
         assert program is not None
         program.save(path)
+        drop_comments(path)
     return Artifact(format="onnx", path=path.name, sha256=sha256_of(path))
 
 
@@ -292,7 +293,7 @@ def _write_export(
         # By way of memory: on a full disk its own writer ends the process.
         content = io.BytesIO()
         torch.export.save(_export(module, found, example), content)
-        path.write_bytes(content.getvalue())
+        path.write_bytes(plain_export(content.getvalue(), "its graph"))
     return Artifact(format="torch-export", path=path.name, sha256=sha256_of(path))
 
 
@@ -322,7 +323,7 @@ def _quiet(what: str) -> Iterator[None]:
     """Exporters warn a lot and fail with whatever they like."""
     disabled = logging.root.manager.disable
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             logging.disable(logging.WARNING)
             yield

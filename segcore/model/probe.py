@@ -110,12 +110,18 @@ def probe(network: Network, channels: int, ndim: int) -> Sighting:
         raise ModelError("the network gives NaN or infinity for an image of noise; are its weights whole?")
     trace = network.trace(sizes.shape)
     stride = tuple(math.lcm(d, m or 1) for d, m in zip(trace.downsampling, sizes.multiple, strict=True))
-    reach, floods = _reach(network, channels, sizes, stride)
+    try:
+        reach, floods = _reach(network, channels, sizes, stride)
+    except ModelError as fault:
+        reach, floods = None, (str(fault),)
     if reach is not None:
         error = largest_error(network, Sight(stride, reach), channels, _LONGEST[ndim] // 8)
         if error > rounding_of(network):
             why = "a layer knows where it is or how large the image is, or hides what it sees"
-            reach, floods = None, (f"scores change by {error:.1%} with what lies beyond the reach found: {why}",)
+            reach, floods = (
+                None,
+                (f"scores change by {error:.2g} of their size with what lies beyond its reach: {why}",),
+            )
     flops = trace.flops / math.prod(sizes.shape)
     return Sighting(sizes, stride, reach, floods, network.parameters, flops, network.engine)
 
@@ -200,13 +206,13 @@ def _along(segmenter: Segmenter, strip: Floats, axis: int) -> Floats:
 
 
 def _strip(segmenter: Segmenter, channels: int, stride: tuple[int, ...], axis: int, length: int) -> tuple[int, ...]:
-    """The shape of a strip of this length, as thin as the network takes it: a few do not like features of one pixel.
+    """The shape of a strip of this length, as thin as the network takes it: a few want more than a cell, to pad it.
 
     Raises ModelError where it takes none.
     """
-    for cells in (1, 2, 4, 8, 16):
-        shape = tuple(length if a == axis else cells * s for a, s in enumerate(stride))
-        short = tuple(min(n, max(4 * s, 32 // s * s)) for n, s in zip(shape, stride, strict=True))
+    for thickness in (1, 16, 32, 64, 128, 256):
+        shape = tuple(length if a == axis else -(-thickness // s) * s for a, s in enumerate(stride))
+        short = tuple(min(n, max(4 * s, -(-thickness // s) * s)) for n, s in zip(shape, stride, strict=True))
         try:
             segmenter(_noise((1, channels, *short)))
         except ModelError as error:
