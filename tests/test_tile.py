@@ -15,10 +15,11 @@ from segcore.model.card import Card
 from segcore.model.segmenter import BoxFilter
 from segcore.plan import Plan, make_plan
 from segcore.scaling import Scaling
-from segcore.spec import Cost, Sight, symmetric
+from segcore.spec import Cost, Sight, Weights, symmetric
 from segcore.tile import label_tile
 
 COST = Cost(1, 3, 100)
+WEIGHTS: tuple[Weights, ...] = ("cosine", "gaussian", "constant")
 
 
 def label_all(scene: ArrayScene, plan: Plan, described: Card, segmenter: BoxFilter) -> tuple[np.ndarray, np.ndarray]:
@@ -81,7 +82,8 @@ def test_blended_tiles_do_not_depend_on_the_tiling(
     scene, lattice = drawn
     ndim = len(lattice)
     step, overlap = data.draw(st.integers(1, 6)), data.draw(st.integers(0, 5))
-    sight = Sight((1,) * ndim, None, (2 * step + 2 * overlap,) * ndim, (2 * overlap,) * ndim)
+    window, weights = 2 * step + 2 * overlap, data.draw(st.sampled_from(WEIGHTS))
+    sight = Sight((1,) * ndim, None, (window,) * ndim, (2 * overlap,) * ndim, weights=weights)
     described = axes_card(scene, padding=data.draw(st.sampled_from(["symmetric", "edge", "zero"])))
     results = []
     for core in (scene.grid.shape, tuple(data.draw(st.integers(2, 20)) for _ in range(ndim))):
@@ -102,11 +104,11 @@ class Ones(BoxFilter):
         return np.ones((len(batch), self.classes, *batch.shape[2:]), np.float32)
 
 
-@given(st.integers(1, 3), st.integers(1, 50), st.integers(1, 12), st.integers(0, 6))
-def test_weights_are_a_partition_of_unity(ndim: int, n: int, step: int, overlap: int) -> None:
+@given(st.integers(1, 3), st.integers(1, 50), st.integers(1, 12), st.integers(0, 6), st.sampled_from(WEIGHTS))
+def test_weights_are_a_partition_of_unity(ndim: int, n: int, step: int, overlap: int, weights: Weights) -> None:
     shape = (n,) * ndim if ndim < 3 else (min(n, 14),) * 3
     scene = ArrayScene(np.zeros((1, *shape), np.float32), "zyx"[-ndim:])
-    sight = Sight((1,) * ndim, None, (step + overlap,) * ndim, (overlap,) * ndim)
+    sight = Sight((1,) * ndim, None, (step + overlap,) * ndim, (overlap,) * ndim, weights=weights)
     plan = make_plan(scene.grid, shape, sight, COST, 2**40, core=(max(2, n // 2),) * ndim)
     _, scores = label_all(scene, plan, axes_card(scene), Ones(0))
     assert np.all(scores == 1)
