@@ -12,7 +12,7 @@ from rich.table import Table
 
 from segcore.errors import CardError
 from segcore.model.card import Model, NetworkClass, built_in_models, check_network, load_card
-from segcore.model.inspect import contradictions, mode_in_words, work_of_cores
+from segcore.model.inspect import contradictions, mode_in_words, too_much_memory, work_of_cores
 from segcore.model.memory import bytes_per_pixel
 from segcore.model.probe import Sighting, probe
 from segcore.spec import Sight, in_words, times, usable_cores
@@ -52,9 +52,10 @@ def inspect_model(
     card = loaded.card
     found = probe(open_network(loaded, usable_cores()), len(card.channels), len(card.axes))
     wrong = contradictions(card, found)
-    # A network that does not keep its card's promise does not load to be measured.
-    held = None if wrong else bytes_per_pixel(model, len(card.channels), found, card.window)
-    wrong += contradictions(card, found, held)
+    held = None
+    if not wrong:  # a network that does not keep its card's promise does not load to be measured
+        held = bytes_per_pixel(model, len(card.channels), found, card.window)
+        wrong = too_much_memory(card, held)
     if as_json:
         print(json.dumps(_facts(loaded, found, held, wrong), indent=2))
     else:
@@ -66,7 +67,7 @@ def inspect_model(
 
 @models.command("pack")
 def pack_model(
-    source: Annotated[Path, typer.Argument(help="An ONNX, TorchScript, .pt2, .safetensors or .pt file.")],
+    source: Annotated[Path, typer.Argument(help="An ONNX, TorchScript, .safetensors or .pt file.")],
     card: Annotated[Path, typer.Option("--card", help="JSON: what cannot be measured (name, channels, classes, ...).")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The model's folder, which is made.")],
     network: Annotated[

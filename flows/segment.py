@@ -146,6 +146,5 @@ def _row(record: SceneRecord) -> dict[str, Any]:
 
 
 def _job(fields: dict[str, Any]) -> Job:
-    settings = dict(fields["settings"])
-    settings["bands"] = tuple(settings["bands"]) if settings["bands"] else None
-    return Job(fields["name"], fields["uri"], fields["model"], fields["out"], Settings(**settings))
+    settings = Settings.from_json(fields["settings"])
+    return Job(fields["name"], fields["uri"], fields["model"], fields["out"], settings)

@@ -28,6 +28,8 @@ from segcore.grid import Grid, Rescale, mirrored
 from segcore.spec import Cost, Mode, Sides, Sight, format_bytes, times
 
 Index = tuple[int, ...]
+Tiling = Literal["exact", "measured", "blend"]
+"""How tiles are joined: what `auto` and the settings come to."""
 
 #: Bytes of a worker process with its libraries before it holds any tile (measured: rasterio, torch, onnxruntime, dask).
 PROCESS_BYTES = 420 * 2**20
@@ -74,7 +76,7 @@ class Plan:
     grid: Grid
     canvas: tuple[int, ...]
     sight: Sight
-    mode: Literal["exact", "measured", "blend"]
+    mode: Tiling
     core: tuple[int, ...]
     memory: int
     shortened: Sides | None = None
@@ -260,7 +262,7 @@ def make_plan(
     )
 
 
-def _choose_mode(sight: Sight, mode: Mode, measured: bool) -> Literal["exact", "measured", "blend"]:
+def _choose_mode(sight: Sight, mode: Mode, measured: bool) -> Tiling:
     if measured:
         if not sight.local or sight.fixed:
             raise PlanError(
@@ -287,9 +289,7 @@ def _or_blend(sight: Sight) -> str:
     return ", or --mode blend" if sight.window is not None else ""
 
 
-def _sides(
-    grid: Grid, canvas: tuple[int, ...], sight: Sight, mode: Literal["exact", "measured", "blend"]
-) -> Iterator[tuple[int, ...]]:
+def _sides(grid: Grid, canvas: tuple[int, ...], sight: Sight, mode: Tiling) -> Iterator[tuple[int, ...]]:
     """Shapes of cores to try, largest first: the whole scene, then multiples of the window step, or of the stride."""
     if mode != "blend":
         yield grid.shape

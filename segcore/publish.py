@@ -86,10 +86,19 @@ def is_current(path: Path, fingerprint: str) -> bool:
     """Whether the product with this manifest was made of the same input, model and settings, and is whole."""
     document = read_manifest(path)
     try:
-        same = document is not None and document["properties"]["segflow:fingerprint"] == fingerprint
+        if document is None or document["properties"]["segflow:fingerprint"] != fingerprint:
+            return False
     except (KeyError, TypeError):
         return False
-    return same and not faults(path)
+    return not _faults(path, document)
+
+
+def manifest_of(path: Path) -> dict[str, Any]:
+    """The manifest of a product. Raises ProductError where there is none."""
+    document = read_manifest(path)
+    if document is None:
+        raise ProductError(f"{path} is no manifest of a product; name the product's folder, or the JSON file in it")
+    return document
 
 
 def faults(path: Path) -> list[str]:
@@ -97,9 +106,10 @@ def faults(path: Path) -> list[str]:
 
     Raises ProductError where there is no manifest.
     """
-    document = read_manifest(path)
-    if document is None:
-        raise ProductError(f"{path} is no manifest of a product; name the product's folder, or the JSON file in it")
+    return _faults(path, manifest_of(path))
+
+
+def _faults(path: Path, document: dict[str, Any]) -> list[str]:
     found = []
     try:
         if "mask" not in document["assets"]:

@@ -34,7 +34,7 @@ from segcore.io.source import Source, Wanted
 from segcore.model import load_segmenter
 from segcore.model.card import Card, Model, load_card
 from segcore.plan import Plan, make_plan
-from segcore.publish import ClassShare, class_shares, is_current, legend_of, manifest_path, publish, read_manifest
+from segcore.publish import ClassShare, class_shares, is_current, legend_of, manifest_of, manifest_path, publish
 from segcore.scaling import Scaling, fit_scaling
 from segcore.seams import Measured, SeamReport, measure_halo, report_seams
 from segcore.spec import SAME_SCORES, Job, Settings, times, usable_cores
@@ -210,16 +210,10 @@ def check_seams(product: Path) -> SeamReport:
     `product`: its manifest. Raises ProductError where there is none, or where scene or model are no longer what it was
     made of; SceneError, ModelError.
     """
-    document = read_manifest(product)
-    if document is None:
-        raise ProductError(
-            f"{product} is no manifest of a product; name the scene's folder in --out, or the JSON file in it"
-        )
+    document = manifest_of(product)
     try:
         made = document["properties"]
-        fields, tiling = dict(made["segflow:settings"]), made["segflow:plan"]
-        fields["bands"] = tuple(fields["bands"]) if fields["bands"] else None
-        settings = Settings(**fields | {"memory": 2**60})
+        settings, tiling = Settings.from_json(made["segflow:settings"] | {"memory": 2**60}), made["segflow:plan"]
         uri, reference = made["segflow:input"]["uri"], made["segflow:model"]["reference"]
         scaling, mask = Scaling.from_json(made["segflow:scaling"]), product.parent / document["assets"]["mask"]["href"]
         halo = Measured.from_json(made["segflow:measured_halo"]) if "segflow:measured_halo" in made else None

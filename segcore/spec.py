@@ -163,6 +163,11 @@ class Settings:
         if self.offset is not None and not isfinite(self.offset):
             raise PlanError(f"--offset {self.offset} must be a number")
 
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Settings:
+        """Settings from their fields as JSON has them. Raises PlanError, TypeError."""
+        return cls(**fields | {"bands": tuple(fields["bands"]) if fields["bands"] else None})
+
     def pixels(self) -> dict[str, Any]:
         """The settings that a product depends on, as JSON values: part of its fingerprint.
 

@@ -452,6 +452,7 @@ def test_the_command_packs_and_inspects(
     wrong = run_segflow("model", "inspect", tmp_path / "model")
     assert wrong.returncode == 1
     assert "gives a reach of 10 x 10, and the network's is 22 x 22" in wrong.stdout
+    assert wrong.stdout.count("the card is wrong") == 1
     bad = run_segflow(*source, "-o", tmp_path / "other", "--network", "os.system")
     assert bad.returncode == 2
     assert "no network that segflow imports" in bad.stderr

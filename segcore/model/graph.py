@@ -33,6 +33,7 @@ from segcore.model.marking import (
     factors_of,
     name_of,
 )
+from segcore.model.onnx import session_options
 from segcore.model.probe import Trace
 
 #: Domains of the operators that ONNX Runtime brings along.
@@ -179,11 +180,7 @@ class OnnxGraph:
         graph = helper.make_graph(nodes, "segflow", [self._input], results, initial)
         version = max(4, self._model.ir_version)
         model = helper.make_model(graph, opset_imports=self._model.opset_import, ir_version=version)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self._threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 4
-        options.enable_cpu_mem_arena = False
+        options = session_options(self._threads)
         try:
             return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's exceptions share no base but Exception

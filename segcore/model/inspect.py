@@ -14,11 +14,15 @@ _CORES = {2: (512, 1024, 2048, 4096), 3: (64, 128, 256)}
 _MEMORY = 2.0
 
 
-def contradictions(card: Card, found: Sighting, held: float | None = None) -> list[str]:
-    """Where a card promises what the network does not keep, in words; `held` are its bytes for each pixel, if known."""
-    if held is not None:
-        much = f"the network holds {held:.0f} bytes for each pixel, and it says {card.bytes_per_pixel:g}"
-        return [much] if held > _MEMORY * card.bytes_per_pixel else []
+def too_much_memory(card: Card, held: float) -> list[str]:
+    """Whether a network holds far more bytes for each pixel than its card says, in words."""
+    if held <= _MEMORY * card.bytes_per_pixel:
+        return []
+    return [f"the network holds {held:.0f} bytes for each pixel, and it says {card.bytes_per_pixel:g}"]
+
+
+def contradictions(card: Card, found: Sighting) -> list[str]:
+    """Where a card promises what the network does not keep, in words."""
     wrong = []
     if found.sizes.fixed and not card.fixed_window:
         wrong.append(f"the network takes images of {found.sizes}, and it does not say `fixed_window`")

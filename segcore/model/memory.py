@@ -31,7 +31,7 @@ def bytes_per_pixel(model: str, channels: int, found: Sighting, window: tuple[in
     if found.reach is None and window is not None:
         shapes = [window, window]
     elif not found.sizes.fixed:
-        side = {1: 2**18, 2: 512, 3: 64}[len(found.stride)]
+        side = {2: 512, 3: 64}[len(found.stride)]
         small = tuple(max(1, side // s) * s for s in found.stride)
         shapes = [small, tuple(2 * n for n in small)]
     request = json.dumps({"model": model, "channels": channels, "shapes": shapes})

@@ -13,23 +13,30 @@ from segcore.model.probe import Network
 from segcore.model.segmenter import Floats, Segmenter
 
 
+def session_options(threads: int) -> onnxruntime.SessionOptions:
+    """How every session is run: on so many threads, silent, and without an arena."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4  # what it would print is raised as well
+    # Workers hold images beside the network; an arena that only grows would break the memory budget.
+    options.enable_cpu_mem_arena = False
+    return options
+
+
 class OnnxSegmenter:
-    """An ONNX file with one input and at least one output, in float32. Raises ModelError where it does not load."""
+    """An ONNX file with one input and one output, in float32. Raises ModelError where it does not load."""
 
     def __init__(self, path: Path, threads: int) -> None:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 4  # what it would print is raised as well
-        # Workers hold images beside the network; an arena that only grows would break the memory budget.
-        options.enable_cpu_mem_arena = False
         available = onnxruntime.get_available_providers()
         # TF32 keeps 10 bits of a float32: too few for the scores of tiles to be those of the whole.
         options_of = {"CUDAExecutionProvider": {"use_tf32": 0}, "CPUExecutionProvider": {}}
         providers = [(name, given) for name, given in options_of.items() if name in available]
         try:
             # From bytes, so that weights in files beside it, for which no digest vouches, are not found.
-            self._session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=providers)
+            self._session = onnxruntime.InferenceSession(
+                path.read_bytes(), session_options(threads), providers=providers
+            )
         except Exception as error:  # onnxruntime's exceptions share no base but Exception
             raise ModelError(f"{path} does not load in ONNX Runtime: {one_line(error)}") from error
         inputs = self._session.get_inputs()

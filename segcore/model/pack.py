@@ -18,9 +18,10 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from segcore.model.card import Artifact, Card, Model, NetworkClass, check_card
 from segcore.model.graph import copy_whole, drop_comments
 from segcore.model.memory import bytes_per_pixel
 from segcore.model.onnx import OnnxNetwork
-from segcore.model.probe import Network, Sighting, probe
+from segcore.model.probe import Network, Sighting, noise, probe
 from segcore.model.segmenter import Floats
 from segcore.model.torch import TorchNetwork, build, load_module
 from segcore.spec import SAME_SCORES, times, usable_cores
@@ -74,16 +75,16 @@ def pack(
     folder = Path(folder)
     if folder.exists():
         raise ModelError(f"{folder} is there already; choose another place, or remove it")
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    unfinished = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        packed = _fill(partial, source, about, draft, network)
-        os.replace(partial, folder)
+        unfinished.mkdir(parents=True)
+        packed = _fill(unfinished, source, about, draft, network)
+        os.replace(unfinished, folder)
     except OSError as error:
         raise ModelError(f"cannot write {folder}: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
     return Packed(Model(packed.model.card, folder), packed.sighting, packed.notes)
 
 
@@ -131,12 +132,19 @@ def _from_module(
     examples = _examples(sighting, channels)
     _check_outputs(original, examples[0], about)
     artifacts, notes = list[Artifact](), list[str]()
-    for write in (_write_onnx, _write_export, _write_safetensors):
+    # Traced once, for both of the formats that are made of a trace.
+    export = cache(lambda: _export(module, sighting, examples[0]))
+    writers: list[Callable[[], Artifact]] = [
+        partial(_write_onnx, folder, export),
+        partial(_write_export, folder, export),
+    ]
+    if network is not None:
+        writers.append(partial(_write_safetensors, folder, module, network))
+    for write in writers:
         try:
-            artifact = write(folder, module, network, sighting, examples[0])
-            if artifact is not None:
-                _verify(Model(_card(about, draft, sighting, [artifact]), folder), original, examples)
-                artifacts.append(artifact)
+            artifact = write()
+            _verify(Model(_card(about, draft, sighting, [artifact]), folder), original, examples)
+            artifacts.append(artifact)
         except SegcoreError as error:
             notes.append(str(error))
     if not artifacts:
@@ -241,13 +249,12 @@ def _window(found: Sighting, about: Card) -> tuple[int, ...]:
 
 def _examples(found: Sighting, channels: int) -> list[Floats]:
     """Noise of several sizes that the network accepts: `sizes.shape` and some cells more, differently by axis."""
-    rng = np.random.default_rng(0)
     shapes = []
     for k in range(3):
         axes = enumerate(zip(found.sizes.shape, found.stride, found.sizes.multiple, strict=True))
         # Two cells at least: exporters take a size of one for the only one.
         shapes.append(tuple(max(n, 2 * s) + (k + a) * s * bool(k) if m else n for a, (n, s, m) in axes))
-    return [rng.standard_normal((1, channels, *shape)).astype(np.float32) for shape in dict.fromkeys(shapes)]
+    return [noise((1, channels, *shape)) for shape in dict.fromkeys(shapes)]
 
 
 def _verify(model: Model, original: Network, examples: list[Floats]) -> None:
@@ -263,15 +270,12 @@ def _verify(model: Model, original: Network, examples: list[Floats]) -> None:
             )
 
 
-def _write_onnx(
-    folder: Path, module: torch.nn.Module, network: NetworkClass | None, found: Sighting, example: Any
-) -> Artifact:
-    """ONNX with a free batch and free sizes, by way of torch.export."""
+def _write_onnx(folder: Path, export: Callable[[], torch.export.ExportedProgram]) -> Artifact:
+    """ONNX with a free batch and free sizes."""
     path = folder / "model.onnx"
     with _quiet("ONNX"):
-        exported = _export(module, found, example)
         program = torch.onnx.export(
-            exported,
+            export(),
             (),
             input_names=["image"],
             output_names=["scores"],
@@ -285,23 +289,17 @@ def _write_onnx(
     return Artifact(format="onnx", path=path.name, sha256=sha256_of(path))
 
 
-def _write_export(
-    folder: Path, module: torch.nn.Module, network: NetworkClass | None, found: Sighting, example: Any
-) -> Artifact:
+def _write_export(folder: Path, export: Callable[[], torch.export.ExportedProgram]) -> Artifact:
     path = folder / "model.pt2"
     with _quiet("torch.export"):
         # By way of memory: on a full disk its own writer ends the process.
         content = io.BytesIO()
-        torch.export.save(_export(module, found, example), content)
+        torch.export.save(export(), content)
         path.write_bytes(plain_export(content.getvalue(), "its graph"))
     return Artifact(format="torch-export", path=path.name, sha256=sha256_of(path))
 
 
-def _write_safetensors(
-    folder: Path, module: torch.nn.Module, network: NetworkClass | None, found: Sighting, example: Any
-) -> Artifact | None:
-    if network is None:
-        return None
+def _write_safetensors(folder: Path, module: torch.nn.Module, network: NetworkClass) -> Artifact:
     path = folder / "model.safetensors"
     # Tensors that share their memory are written once each: safetensors does not take them otherwise.
     save_file({name: tensor.clone().contiguous() for name, tensor in module.state_dict().items()}, path)

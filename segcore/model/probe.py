@@ -28,12 +28,15 @@ from segcore.spec import Sides, Sight, times
 ROUNDING = {"CPU": 1e-5, "CUDA": 1e-3}
 #: What differs in two strips is so many times larger than what does not, so that little influence shows.
 _CONTRAST = np.float32(1000)
+#: Why a network is not local though no layer sees everything.
+_AWARE = "a layer knows where it is or how large the image is, or hides what it sees"
+_HIDDEN = "marks on the image do not arrive in the scores: a layer hides NaN from the probe"
 #: Sides of images that are tried until a network takes one, for images and volumes.
-_SIDES = {1: (256,), 2: (128, 96, 224, 256, 320, 512, 64), 3: (64, 96, 32, 128, 112, 48)}
+_SIDES = {2: (128, 96, 224, 256, 320, 512, 64), 3: (64, 96, 32, 128, 112, 48)}
 #: Length of the strips that are probed (pixels): who still sees their ends is not worth tiling.
-_LONGEST = {1: 8192, 2: 4096, 3: 1024}
+_LONGEST = {2: 4096, 3: 1024}
 #: Least and largest side of the image in which a network is looked at from all around.
-_SQUARE = {1: (256, 8192), 2: (512, 1536), 3: (64, 112)}
+_SQUARE = {2: (512, 1536), 3: (64, 112)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +109,7 @@ class Sighting:
 def probe(network: Network, channels: int, ndim: int) -> Sighting:
     """Measure a network of `channels` inputs and `ndim` spatial axes. Raises ModelError if it takes no image at all."""
     sizes = accepted_sizes(network, channels, ndim)
-    if not np.isfinite(network(_noise((1, channels, *sizes.shape)))).all():
+    if not np.isfinite(network(noise((1, channels, *sizes.shape)))).all():
         raise ModelError("the network gives NaN or infinity for an image of noise; are its weights whole?")
     trace = network.trace(sizes.shape)
     stride = tuple(math.lcm(d, m or 1) for d, m in zip(trace.downsampling, sizes.multiple, strict=True))
@@ -117,11 +120,8 @@ def probe(network: Network, channels: int, ndim: int) -> Sighting:
     if reach is not None:
         error = largest_error(network, Sight(stride, reach), channels, _LONGEST[ndim] // 8)
         if error > rounding_of(network):
-            why = "a layer knows where it is or how large the image is, or hides what it sees"
-            reach, floods = (
-                None,
-                (f"scores change by {error:.2g} of their size with what lies beyond its reach: {why}",),
-            )
+            reach = None
+            floods = (f"scores change by {error:.2g} of their size with what lies beyond its reach: {_AWARE}",)
     flops = trace.flops / math.prod(sizes.shape)
     return Sighting(sizes, stride, reach, floods, network.parameters, flops, network.engine)
 
@@ -136,7 +136,7 @@ def accepted_sizes(network: Network, channels: int, ndim: int) -> Sizes:
 
     def accepts(shape: tuple[int, ...]) -> bool:
         try:
-            out = network(_noise((1, channels, *shape)))
+            out = network(noise((1, channels, *shape)))
         except ModelError as error:
             reasons.append(str(error))
             return False
@@ -180,7 +180,7 @@ def largest_error(segmenter: Segmenter, sight: Sight, channels: int, margin: int
         length = s + after + gap + cell + gap + before + s
         middle = s + after + gap
         shape = _strip(segmenter, channels, sight.stride, axis, length)
-        one = np.moveaxis(_noise((1, channels, *shape)), 2 + axis, 0)
+        one = np.moveaxis(noise((1, channels, *shape)), 2 + axis, 0)
         mine = _along(segmenter, one, axis)
         # In each of the others: how much longer it is, where the middle lies, and which end is alike: where that begins
         # here and there, its length, and where in it the cell lies.
@@ -189,7 +189,7 @@ def largest_error(segmenter: Segmenter, sight: Sight, channels: int, margin: int
             (5 * s, 4 * s, length - before - s, length - before + 4 * s, before + s, before),
         ):
             longer = tuple(n + more * (a == axis) for a, n in enumerate(shape))
-            other = np.moveaxis(_CONTRAST * _noise((1, channels, *longer), seed=more), 2 + axis, 0)
+            other = np.moveaxis(_CONTRAST * noise((1, channels, *longer), seed=more), 2 + axis, 0)
             other[there : there + count] = one[here : here + count]
             other[middle + shift : middle + shift + cell] = one[middle : middle + cell]
             theirs = _along(segmenter, other, axis)
@@ -214,7 +214,7 @@ def _strip(segmenter: Segmenter, channels: int, stride: tuple[int, ...], axis: i
         shape = tuple(length if a == axis else -(-thickness // s) * s for a, s in enumerate(stride))
         short = tuple(min(n, max(4 * s, -(-thickness // s) * s)) for n, s in zip(shape, stride, strict=True))
         try:
-            segmenter(_noise((1, channels, *short)))
+            segmenter(noise((1, channels, *short)))
         except ModelError as error:
             reason = error
         else:
@@ -227,17 +227,17 @@ def _reach(
 ) -> tuple[Sides | None, tuple[str, ...]]:
     """How far the outputs of a cell see, per axis and side; or None, and the layers that see everything."""
     if sizes.fixed:
-        marked = _marked(sizes.shape, 0, sizes.shape[0] // stride[0] // 2 * stride[0], stride[0])
+        marked = _marked(sizes.shape, stride, (0,))
         return None, network.flooding(marked) or (f"it takes images of {sizes}, which nothing can be cut out of",)
     found = []
     for axis, s in enumerate(stride):
         # Always the longest strip: what looks far through wide gaps jumps over the ends of a short one.
         length = _LONGEST[len(stride)] // (2 * s) * 2 * s
         start = length // 2
-        marked = _marked(_strip(network, channels, stride, axis, length), axis, start, s)
+        marked = _marked(_strip(network, channels, stride, axis, length), stride, (axis,))
         seen = _extents(network.footprint(marked))[axis]
         if seen is None:
-            return None, ("marks on the image do not arrive in the scores: a layer hides NaN from the probe",)
+            return None, (_HIDDEN,)
         if seen[0] == 0 or seen[1] == length - 1:
             return None, network.flooding(marked) or (f"it sees {length // 2} pixels or more",)
         # Outputs behind the marked cell see what lies before them, and the other way round.
@@ -253,14 +253,13 @@ def _look_around(
     furthest = max(side for sides in reach for side in sides)
     shape = tuple(-(-min(max(low, 2 * furthest + 4 * s), high) // s) * s for s in stride)
     centre = tuple(n // s // 2 * s for n, s in zip(shape, stride, strict=True))
-    marked = np.zeros(shape, bool)
-    marked[tuple(slice(c, c + s) for c, s in zip(centre, stride, strict=True))] = True
+    marked = _marked(shape, stride, tuple(range(len(shape))))
     wider = []
     for seen, c, s, n, (before, after) in zip(
         _extents(network.footprint(marked)), centre, stride, shape, reach, strict=True
     ):
         if seen is None:
-            return None, ("marks on the image do not arrive in the scores: a layer hides NaN from the probe",)
+            return None, (_HIDDEN,)
         further = (seen[1] - (c + s - 1), c - seen[0])
         if (seen[0] == 0 and after < c) or (seen[1] == n - 1 and before < n - c - s):
             return None, (f"it sees {c} pixels or more, not along its axes",)
@@ -277,12 +276,15 @@ def _extents(marks: NDArray[np.bool_]) -> list[tuple[int, int] | None]:
     return found
 
 
-def _marked(shape: tuple[int, ...], axis: int, start: int, count: int) -> NDArray[np.bool_]:
-    """Marks on `count` pixels of an axis, across all the others."""
+def _marked(shape: tuple[int, ...], stride: tuple[int, ...], axes: tuple[int, ...]) -> NDArray[np.bool_]:
+    """Marks on the cell in the middle of an image along these axes, and from end to end along the others."""
     marks = np.zeros(shape, bool)
-    np.moveaxis(marks, axis, 0)[start : start + count] = True
+    starts = (n // s // 2 * s for n, s in zip(shape, stride, strict=True))
+    cell = (slice(a, a + s) for a, s in zip(starts, stride, strict=True))
+    marks[tuple(part if axis in axes else slice(None) for axis, part in enumerate(cell))] = True
     return marks
 
 
-def _noise(shape: tuple[int, ...], seed: int = 0) -> Floats:
+def noise(shape: tuple[int, ...], seed: int = 0) -> Floats:
+    """Normal noise of mean 0 and deviation 1, the same for the same shape and seed."""
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from segcore.errors import CardError, ModelError, one_line
 from segcore.model.archive import open_export, read_state
 from segcore.model.card import Artifact, NetworkClass
-from segcore.model.probe import Network, Trace
+from segcore.model.probe import Network, Trace, noise
 from segcore.model.segmenter import Floats, Segmenter
 
 
@@ -121,7 +121,7 @@ class TorchNetwork(TorchSegmenter):
         return tuple(f"{name} ({count} times)" if count > 1 else name for name, count in watch.found.items())
 
     def trace(self, shape: tuple[int, ...]) -> Trace:
-        image = np.random.default_rng(0).standard_normal((1, self.channels, *shape)).astype(np.float32)
+        image = noise((1, self.channels, *shape))
         with FlopCounterMode(display=False) as flops:
             self(image)
         with _SizeWatch(len(shape)) as sizes:
@@ -131,7 +131,7 @@ class TorchNetwork(TorchSegmenter):
         return Trace(downsampling, flops.get_total_flops())
 
     def _image(self, marked: NDArray[np.bool_]) -> Floats:
-        image = np.random.default_rng(0).standard_normal((1, self.channels, *marked.shape)).astype(np.float32)
+        image = noise((1, self.channels, *marked.shape))
         image[:, :, marked] = np.nan
         return image
 
