@@ -5,7 +5,10 @@
     ├── CardError     the model card: unreadable, unknown keys, weights that differ from their digest
     ├── PlanError     the settings: a budget, tile or mode that cannot work for this scene and model
     ├── ModelError    the network: an engine that is not installed, an output of the wrong shape
-    └── ProductError  the output: a folder that cannot be written, a product that does not verify
+    │   ├── MemoryShortageError  a tile that did not fit in memory: smaller ones may
+    │   └── PoisonError          a tile that killed its worker, twice and alone
+    ├── ProductError  the output: a folder that cannot be written, a product that does not verify
+    └── StoppedError  the run was asked to end before the scene was done
 
 A message says what, where (URI, box), the numbers, and the remedy. `retryable` says whether the same call may
 succeed a little later (storage that was away), or never will before the user changes something.
@@ -42,8 +45,23 @@ class ModelError(SegcoreError):
     """The network cannot be loaded or does not behave as its card says."""
 
 
+class MemoryShortageError(ModelError):
+    """A tile took more memory than there is."""
+
+
+class PoisonError(ModelError):
+    """A tile killed the process that worked on it, twice, with nothing else under way."""
+
+
 class ProductError(SegcoreError):
     """The product cannot be written or does not verify."""
+
+
+class StoppedError(SegcoreError):
+    """The run ends before this scene is done; the same call goes on with it."""
+
+    def __init__(self, message: str, *, retryable: bool = True) -> None:
+        super().__init__(message, retryable=retryable)
 
 
 def _rebuild(kind: type[SegcoreError], message: str, retryable: bool) -> SegcoreError:

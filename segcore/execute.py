@@ -1,165 +1,140 @@
-"""Tiles on dask: hands out batches of tile indices, a few at a time, and counts what comes back. Dask's only home.
+"""Tiles on dask: hands out batches of tile indices, a few at a time, and counts what comes back.
 
 Only indices and small reports travel; a worker reads its pixels itself and writes its labels to scratch. The driver
 never holds a graph of the scene: it keeps a bounded number of batches in flight and submits the next when one ends.
+
+When a worker dies, nobody knows which of its tiles killed it. So all of them are suspects, and each is tried again with
+nothing else under way, of no scene: the one that kills twice is the poison, and the others are innocent.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
+import os
 import pickle
+import signal
 import threading
 import time
-from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError
-from dataclasses import dataclass
 from itertools import islice
-from typing import TypeVar
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import psutil
-from distributed import Client, Future, KilledWorker, LocalCluster, Worker, WorkerPlugin, as_completed, get_worker
+from distributed import Client, Future, KilledWorker, Scheduler
 
-from segcore.errors import ModelError, PlanError, SegcoreError, one_line
-from segcore.io.scratch import Scratch
-from segcore.io.source import Source
-from segcore.model import load_segmenter
-from segcore.model.card import Model
-from segcore.model.segmenter import Segmenter
-from segcore.plan import TILES_IN_FLIGHT, Index, Plan
-from segcore.scaling import Scaling
+from segcore.cluster import ClusterFile, is_cluster_file, local_cluster
+from segcore.errors import ModelError, PlanError, PoisonError, SceneError, SegcoreError, StoppedError, one_line
+from segcore.plan import Index
 from segcore.spec import usable_cores
 from segcore.tile import Labeller
+from segcore.worker import Bench, Recipe, TileReport, label_batch, stop_pass, work_once
 
 #: A batch of tiles should be worth this long (seconds), so that scheduling (some 4 ms) stays in the noise.
 BATCH_SECONDS = 0.5
 #: A tile is tried this often before its scene fails.
 ATTEMPTS = 3
-_PLUGIN = "segflow"
+#: A tile is poison when it has killed its worker so often with nothing else under way.
+DEATHS = 2
+#: Seconds in which a worker that died should be back.
+_REVIVAL = 60.0
+#: Seconds after a death in which nothing is submitted: a worker that dies while it is started is not started again.
+_SETTLE = 2.0
+#: Seconds that a tile under way is given to end: when its scene failed, and when the run is to stop.
+_PATIENCE, _HURRY = 60.0, 6.0
+#: Seconds between two looks at whether the run is to stop.
+_LOOK = 0.5
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """All that a worker has to know to label tiles of one scene."""
+class Gate:
+    """Lets batches of all scenes through, or one suspect alone."""
 
-    plan: Plan
-    model: Model
-    source: Source
-    scaling: Scaling
-    scratch: Scratch
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._inside, self._waiting, self._closed = 0, 0, False
 
+    def enter(self) -> bool:
+        """Go through, unless somebody is alone or wants to be."""
+        with self._changed:
+            if self._closed or self._waiting:
+                return False
+            self._inside += 1
+            return True
 
-@dataclass(frozen=True, slots=True)
-class TileReport:
-    """What became of one tile: valid pixels, windows inferred, seconds in each stage, and the engine that ran it."""
+    def leave(self) -> None:
+        with self._changed:
+            self._inside -= 1
+            self._changed.notify_all()
 
-    index: Index
-    valid: int
-    windows: int
-    read_seconds: float
-    infer_seconds: float
-    label_seconds: float
-    write_seconds: float
-    engine: str
-
-    @property
-    def seconds(self) -> float:
-        """Without those that were spent waiting for the device."""
-        return self.read_seconds + self.infer_seconds + self.label_seconds + self.write_seconds
-
-
-class Bench(WorkerPlugin):  # type: ignore[misc]
-    """What a worker process keeps between tiles: open scenes and loaded networks, a few of each."""
-
-    name = _PLUGIN
-
-    def __init__(self, engine_threads: int | None) -> None:
-        self._engine_threads = engine_threads
-
-    def setup(self, worker: Worker) -> None:
-        self._threads = self._engine_threads or worker.state.nthreads
-        self._lock = threading.Lock()
-        self._segmenters: OrderedDict[str, Segmenter] = OrderedDict()
-        self._recipes: OrderedDict[str, Recipe] = OrderedDict()
-        self._stopped: set[str] = set()
-        self._active: Counter[str] = Counter()
-        # The plan counts on so many tiles at once, however many threads the worker has.
-        self.places = threading.Semaphore(TILES_IN_FLIGHT)
-
-    def recipe(self, key: str, packed: bytes) -> Recipe:
-        """The recipe as this process opened it first, so that its files are opened once."""
-        with self._lock:
-            return _recent(self._recipes, key, lambda: pickle.loads(packed), keep=8)
-
-    def segmenter(self, model: Model) -> Segmenter:
-        """The network of a model, loaded on first use."""
-        with self._lock:
-            return _recent(self._segmenters, model.digest, lambda: load_segmenter(model, self._threads), keep=2)
-
-    def labeller(self, recipe: Recipe) -> Labeller:
-        """What labels the tiles of a recipe here."""
-        segmenter = self.segmenter(recipe.model)
-        return Labeller(recipe.plan, recipe.model.card, recipe.source, recipe.scaling, segmenter)
+    def wait(self, seconds: float) -> None:
+        """Wait until something changes, at most so long."""
+        with self._changed:
+            if self._closed or self._waiting:
+                self._changed.wait(seconds)
 
     @contextlib.contextmanager
-    def working(self, key: str) -> Iterator[None]:
-        """Says that a batch of this pass is under way."""
-        with self._lock:
-            self._active[key] += 1
+    def alone(self, keep_on: Callable[[], None]) -> Iterator[None]:
+        """With nobody else inside; `keep_on` raises where waiting is of no use any more."""
+        with self._changed:
+            self._waiting += 1
+            try:
+                while self._inside or self._closed:
+                    self._changed.wait(_LOOK)
+                    keep_on()
+                self._closed = True
+            finally:
+                self._waiting -= 1
+                self._changed.notify_all()
         try:
             yield
         finally:
-            with self._lock:
-                self._active[key] -= 1
-
-    def stopped(self, key: str) -> bool:
-        """Whether this pass is to end after the tile under way."""
-        return key in self._stopped
-
-    def stop(self, key: str) -> int:
-        """End a pass; returns how many of its batches are still under way."""
-        with self._lock:
-            self._stopped.add(key)
-            return self._active[key]
+            with self._changed:
+                self._closed = False
+                self._changed.notify_all()
 
 
 class Workers:
-    """A connection to the workers that label tiles: of this process, or of a cluster. A context manager."""
+    """A connection to the workers that label tiles: of this process, or of a cluster. A context manager.
 
-    def __init__(self, url: str | None = None) -> None:
-        """`url`: address of a dask scheduler, None for threads of this process. Raises PlanError if none answers."""
-        self._cluster: LocalCluster | None = None
+    Several threads may label scenes with it at once. `drain` ends them all: no new tile is begun.
+    """
+
+    def __init__(self, where: str | None = None, processes: int = 0) -> None:
+        """`where`: address of a dask scheduler or a cluster file; None for `processes` of this machine, or threads of
+        this process (0). Raises PlanError where none answers.
+        """
+        self._cluster: Any = None
+        self.processes = where is not None or processes > 0
+        self._here = where is None
+        self.gate, self._draining = Gate(), threading.Event()
+        address = where
         try:
-            if url is None:
-                self._cluster = LocalCluster(
-                    n_workers=1,
-                    threads_per_worker=TILES_IN_FLIGHT,
-                    processes=False,
-                    # Dask always serves its metrics; on loopback only, on any free port, and without its dashboard.
-                    dashboard_address="127.0.0.1:0",
-                    worker_dashboard_address="127.0.0.1:0",
-                    scheduler_kwargs={"dashboard": False},
-                    memory_limit=0,
-                    silence_logs=logging.CRITICAL,
-                )
-            self.client = Client(self._cluster or url, timeout=15, set_as_default=False)
+            if where is None:
+                self._cluster = local_cluster(processes)
+            elif is_cluster_file(where):
+                self._cluster = ClusterFile.read(where).start()
+            self.client = Client(self._cluster or address, timeout=15, set_as_default=False)
         except (OSError, ValueError, TimeoutError) as error:
+            self.close()
             raise PlanError(
-                f"no dask scheduler answers at {url} ({one_line(error)}); start one with `dask scheduler`, or leave "
+                f"no dask scheduler answers at {where} ({one_line(error)}); start one with `dask scheduler`, or leave "
                 f"--cluster out"
             ) from error
         try:
-            if url is not None and not self.client.scheduler_info()["workers"]:
-                self.client.wait_for_workers(1, timeout=60)
-            self.client.register_plugin(Bench(usable_cores() if url is None else None))
+            if where is not None and not self.client.scheduler_info()["workers"]:
+                self.client.wait_for_workers(1, timeout=60 if self._cluster is None else 600)
+            self.client.run_on_scheduler(_blame_at_once)
+            threads = None if where is not None else max(1, usable_cores() // max(1, processes))
+            self.client.register_plugin(Bench(threads, self.processes))
         except Exception as error:  # whatever a worker of another make raises
             self.close()
             raise PlanError(
-                f"the workers of {url or 'this process'} cannot run segflow ({one_line(error)}); install the same "
+                f"the workers of {where or 'this process'} cannot run segflow ({one_line(error)}); install the same "
                 f"version there, and start at least one worker"
             ) from error
 
@@ -168,11 +143,48 @@ class Workers:
         """Tiles that the workers can have under way at once."""
         return sum(self.client.nthreads().values()) or 1
 
+    def drain(self) -> None:
+        """End all that is under way, from whatever thread: what waits for tiles raises StoppedError."""
+        self._draining.set()
+
+    @property
+    def draining(self) -> bool:
+        return self._draining.is_set()
+
+    def keep_on(self) -> None:
+        """Raises StoppedError when the run is to end."""
+        if self._draining.is_set():
+            raise StoppedError("stopped; finished tiles are kept: run the same command again to go on")
+
+    def settle(self) -> None:
+        """After a death: wait until a worker is back. Raises ModelError where none comes."""
+        time.sleep(_SETTLE)
+        until = time.monotonic() + _REVIVAL
+        while not self.client.nthreads():
+            self.keep_on()
+            if time.monotonic() > until:
+                raise _nobody_left()
+            time.sleep(_LOOK)
+
+    def end(self, addresses: list[str]) -> None:
+        """End the processes of workers that do not end a tile; their nannies start others."""
+        if not self.processes:
+            return
+        with contextlib.suppress(OSError):
+            if self._here:
+                for pid in self.client.run(os.getpid, workers=addresses).values():
+                    os.kill(pid, signal.SIGKILL)
+            else:
+                self.client.restart_workers(addresses, timeout=_REVIVAL, raise_for_error=False)
+        self.settle()
+
     def close(self) -> None:
-        with contextlib.suppress(Exception):  # it may have lost its scheduler
-            self.client.close(timeout=5)
+        if hasattr(self, "client"):
+            with contextlib.suppress(Exception):  # it may have lost its scheduler
+                self.client.close(timeout=5)
         if self._cluster is not None:
-            self._cluster.close()
+            with contextlib.suppress(Exception):
+                self._cluster.close(timeout=10)
 
     def __enter__(self) -> Workers:
         return self
@@ -181,45 +193,220 @@ class Workers:
         self.close()
 
 
-def label_tiles(recipe: Recipe, todo: Iterable[Index], workers: Workers) -> Iterator[TileReport]:
+def _nobody_left() -> ModelError:
+    return ModelError("all workers died and none came back; finished tiles are kept: run again", retryable=True)
+
+
+def _blame_at_once(dask_scheduler: Scheduler) -> None:
+    """Runs on the scheduler: whose worker died comes back to us at once, rather than to kill the next worker."""
+    dask_scheduler.allowed_failures = 0
+
+
+def label_tiles(
+    recipe: Recipe,
+    todo: Iterable[Index],
+    workers: Workers,
+    tile_seconds: float | None = None,
+    scene_seconds: float | None = None,
+) -> Iterator[TileReport]:
     """Label the tiles and store them in the recipe's scratch; reports come as tiles end, in any order.
 
-    A batch that fails is tried again tile by tile, unless its error says that this is of no use. Raises the error of
-    a tile that failed for good, after every tile under way has ended.
+    A batch that fails is tried again tile by tile, unless its error says that this is of no use. `tile_seconds` and
+    `scene_seconds` are deadlines. Raises the error of a tile that failed for good, after every tile under way has
+    ended: PoisonError for one that killed its worker twice and alone; SceneError at the deadline of the scene;
+    StoppedError when the run ends.
     """
-    key, packed = uuid4().hex, pickle.dumps(recipe)
-    rest, size = iter(todo), 1
-    again: deque[Index] = deque()
-    attempts: Counter[Index] = Counter()
-    running: dict[Future, list[Index]] = {}
-    ended = as_completed(loop=workers.client.loop)
+    with _Pass(recipe, workers, tile_seconds, scene_seconds) as one:
+        yield from one.label(todo)
 
-    def fill() -> None:
-        """Submit until enough is under way: what failed before goes first, and alone."""
-        while len(running) < most and (batch := [again.popleft()] if again else list(islice(rest, size))):
-            future = workers.client.submit(_label_batch, key, packed, batch, pure=False)
-            running[future] = batch
-            ended.add(future)
 
-    with _connected(workers, key, running):
-        most = workers.threads + 1
-        fill()
-        while running:
-            future = next(ended)
-            batch = running.pop(future)
-            try:
-                reports: list[TileReport] = future.result()
-            except (Exception, CancelledError) as error:
-                for index in batch:
-                    attempts[index] += 1
-                    _refuse_hopeless(f"tile {index}", attempts[index], error)
-                again.extend(batch)
-                time.sleep(0.2)
+class _Pass:
+    """One way through the tiles of one scene."""
+
+    def __init__(
+        self, recipe: Recipe, workers: Workers, tile_seconds: float | None, scene_seconds: float | None
+    ) -> None:
+        self._key, self._packed, self._workers = uuid4().hex, pickle.dumps(recipe), workers
+        self._uri = recipe.source.uri
+        self._tile_seconds, self._scene_seconds = tile_seconds, scene_seconds
+        self._until = None if scene_seconds is None else time.monotonic() + scene_seconds
+        self._running: dict[Future, list[Index]] = {}
+        self._ended: SimpleQueue[Future] = SimpleQueue()
+        self._again: deque[Index] = deque()
+        self._suspects: deque[Index] = deque()
+        self._attempts: Counter[Index] = Counter()
+        self._lonely: list[Future] = []
+        self._next_look, self._empty_looks = 0.0, 0
+        self._size = 1
+
+    def label(self, todo: Iterable[Index]) -> Iterator[TileReport]:
+        """See `label_tiles`."""
+        rest, most = iter(todo), self._workers.threads + 1
+        while True:
+            while len(self._running) < most and self._submit(rest):
+                pass
+            if self._running:
+                yield from self._next_reports()
+            elif self._suspects:
+                yield self._label_alone(self._suspects.popleft())
+            elif self._again or (following := next(rest, None)) is None:
+                if not self._again:
+                    return
+                self._wait_at_gate()
             else:
-                seconds = sum(report.seconds for report in reports) / max(1, len(reports))
-                size = min(256, max(1, round(BATCH_SECONDS / max(seconds, 1e-6))))
-                yield from reports
-            fill()
+                self._again.append(following)
+                self._wait_at_gate()
+
+    def _wait_at_gate(self) -> None:
+        """Somebody's suspect is alone inside."""
+        self._workers.gate.wait(_LOOK)
+        self._keep_on()
+
+    def _submit(self, rest: Iterator[Index]) -> bool:
+        """Submit a batch: what failed before goes first, and in a batch of its own."""
+        if not self._workers.gate.enter():
+            return False
+        batch = [self._again.popleft()] if self._again else list(islice(rest, self._size))
+        if not batch:
+            self._workers.gate.leave()
+            return False
+        future = self._send(batch)
+        self._running[future] = batch
+        future.add_done_callback(self._ended.put)
+        return True
+
+    def _send(self, batch: list[Index]) -> Future:
+        return self._workers.client.submit(label_batch, self._key, self._packed, batch, self._tile_seconds, pure=False)
+
+    def _next_reports(self) -> Iterator[TileReport]:
+        """Wait for a batch to end."""
+        try:
+            future = self._ended.get(timeout=_LOOK)
+        except Empty:
+            self._keep_on()
+            self._look_for_workers()
+            return
+        self._keep_on()
+        batch = self._running.pop(future)
+        self._workers.gate.leave()
+        try:
+            reports: list[TileReport] = future.result()
+        except KilledWorker:
+            self._suspects.extend(batch)
+            self._workers.settle()
+        except (Exception, CancelledError) as error:
+            self._failed(batch, error)
+            self._again.extend(batch)
+        else:
+            seconds = sum(report.seconds for report in reports) / max(1, len(reports))
+            self._size = min(256, max(1, round(BATCH_SECONDS / max(seconds, 1e-6))))
+            yield from reports
+
+    def _label_alone(self, index: Index) -> TileReport:
+        """Label a suspect with nothing else under way. Raises PoisonError when it kills its worker again and again."""
+        deaths = 0
+        with self._workers.gate.alone(self._keep_on):
+            while True:
+                began = time.monotonic()
+                try:
+                    (report,) = self._wait_for(self._send([index]))
+                except KilledWorker as error:
+                    deaths += 1
+                    late = self._tile_seconds is not None and time.monotonic() - began >= self._tile_seconds
+                    self._workers.settle()
+                    if deaths == DEATHS:
+                        how = f"was not labelled in {self._tile_seconds:g} s" if late else "killed its worker"
+                        raise PoisonError(
+                            f"{self._uri}: tile {index} {how}, {deaths} times with nothing else under way; look at its "
+                            f"pixels there, or try a smaller --tile, and run with --retry-failed"
+                        ) from error
+                except (Exception, CancelledError) as error:
+                    self._failed([index], error)
+                else:
+                    return report
+
+    def work(self, work: Callable[[Labeller], T]) -> T:
+        """See `run_once`."""
+        while True:
+            try:
+                future = self._workers.client.submit(work_once, self._key, self._packed, work, pure=False)
+                found: T = self._wait_for(future)
+            except KilledWorker as error:
+                self._failed([()], error)
+                self._workers.settle()
+            except (Exception, CancelledError) as error:
+                self._failed([()], error)
+            else:
+                return found
+
+    def _wait_for(self, future: Future) -> Any:
+        """What a batch of its own comes to."""
+        self._lonely.append(future)
+        ended = threading.Event()
+        future.add_done_callback(lambda _: ended.set())
+        while not ended.wait(_LOOK):
+            self._keep_on()
+            self._look_for_workers()
+        self._lonely.remove(future)
+        return future.result()
+
+    def _look_for_workers(self) -> None:
+        """Raises ModelError when there has been no worker for long: what was submitted would wait for ever."""
+        if time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + _REVIVAL / 4
+        self._empty_looks = 0 if self._workers.client.nthreads() else self._empty_looks + 1
+        if self._empty_looks > 4:
+            raise _nobody_left()
+
+    def _failed(self, batch: list[Index], error: BaseException) -> None:
+        """Counts an attempt. Raises where another is of no use."""
+        for index in batch:
+            self._attempts[index] += 1
+            what = f"tile {index}" if index else "what is measured on the scene"
+            _refuse_hopeless(what, self._attempts[index], error)
+        time.sleep(0.2)
+
+    def _keep_on(self) -> None:
+        self._workers.keep_on()
+        if self._until is not None and time.monotonic() > self._until:
+            raise SceneError(
+                f"{self._uri} was not labelled in {self._scene_seconds:g} s, the time that a scene is given; finished "
+                f"tiles are kept: give it longer (--scene-timeout) and run with --retry-failed",
+            )
+
+    def __enter__(self) -> _Pass:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        """Stop what still runs, and say so where the scheduler was lost."""
+        client = self._workers.client
+        with contextlib.suppress(Exception):  # what went wrong before matters more
+            client.cancel([*self._running, *self._lonely])
+            hurry = self._workers.draining or (kind is not None and not issubclass(kind, Exception))
+            self._wait_until_stopped(_HURRY if hurry or isinstance(error, SceneError) else _PATIENCE)
+        for _future in self._running:
+            self._workers.gate.leave()
+        if isinstance(error, Exception) and not isinstance(error, SegcoreError) and client.status != "running":
+            raise ModelError(
+                "lost the dask scheduler; finished tiles are kept: start it again, or leave --cluster out, and run "
+                "again",
+                retryable=True,
+            ) from error
+
+    def _wait_until_stopped(self, timeout: float) -> None:
+        """Wait, at most `timeout` seconds, until no worker is inside a tile of this pass.
+
+        A tile cannot be stopped half-way, and nobody may remove what it writes to before it ends; after that time the
+        process that works on it is ended, where it is one of its own.
+        """
+        client, until = self._workers.client, time.monotonic() + timeout
+        while busy := [address for address, tiles in client.run(stop_pass, self._key).items() if tiles]:
+            if time.monotonic() > until:
+                if not self._workers.draining:
+                    self._workers.end(busy)
+                return
+            time.sleep(0.05)
 
 
 def run_once(recipe: Recipe, workers: Workers, work: Callable[[Labeller], T]) -> T:
@@ -227,96 +414,13 @@ def run_once(recipe: Recipe, workers: Workers, work: Callable[[Labeller], T]) ->
 
     It is tried again as tiles are. Raises its error when it failed for good, or ModelError with a lost scheduler.
     """
-    key, packed = uuid4().hex, pickle.dumps(recipe)
-    running: list[Future] = []
-    with _connected(workers, key, running):
-        for attempt in range(1, ATTEMPTS + 1):
-            running[:] = [workers.client.submit(_work_once, key, packed, work, pure=False)]
-            try:
-                found: T = running[0].result()
-            except (Exception, CancelledError) as error:
-                _refuse_hopeless("what is measured on the scene", attempt, error)
-                time.sleep(0.2)
-            else:
-                return found
-    raise AssertionError("the last attempt raises")
-
-
-def _work_once(key: str, packed: bytes, work: Callable[[Labeller], T]) -> T:
-    """Runs on a worker."""
-    bench: Bench = get_worker().plugins[_PLUGIN]
-    with bench.working(key), bench.places:
-        return work(bench.labeller(bench.recipe(key, packed)))
-
-
-@contextlib.contextmanager
-def _connected(workers: Workers, key: str, running: Collection[Future]) -> Iterator[None]:
-    """While a pass is under way: says so when the scheduler is lost, and stops what still runs when it ends."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, SegcoreError) or workers.client.status == "running":
-            raise
-        raise ModelError(
-            "lost the dask scheduler; finished tiles are kept: start it again, or leave --cluster out, and run again",
-            retryable=True,
-        ) from error
-    finally:
-        with contextlib.suppress(Exception):  # what went wrong before matters more
-            workers.client.cancel(list(running))
-            _wait_until_stopped(workers, key)
-
-
-def _wait_until_stopped(workers: Workers, key: str, timeout: float = 60) -> None:
-    """Wait (at most `timeout` seconds) until no worker is inside a tile of this pass.
-
-    A tile cannot be stopped half-way; nobody may remove what it writes to before it ends.
-    """
-    until = time.monotonic() + timeout
-    while time.monotonic() < until and any(workers.client.run(_stop, key).values()):
-        time.sleep(0.05)
-
-
-def _stop(key: str, dask_worker: Worker) -> int:
-    """Runs on every worker."""
-    return dask_worker.plugins[_PLUGIN].stop(key) if _PLUGIN in dask_worker.plugins else 0
+    with _Pass(recipe, workers, None, None) as one:
+        return one.work(work)
 
 
 def free_memory() -> int:
     """Bytes that this machine could give without swapping."""
     return int(psutil.virtual_memory().available)
-
-
-def _label_batch(key: str, packed: bytes, batch: list[Index]) -> list[TileReport]:
-    """Runs on a worker."""
-    bench: Bench = get_worker().plugins[_PLUGIN]
-    reports = []
-    with bench.working(key):
-        recipe = bench.recipe(key, packed)
-        labeller = bench.labeller(recipe)
-        for index in batch:
-            if bench.stopped(key):
-                break
-            with bench.places:
-                reports.append(_label_one(labeller, index, recipe.scratch))
-    return reports
-
-
-def _label_one(labeller: Labeller, index: Index, scratch: Scratch) -> TileReport:
-    tile = labeller.plan.tile(index)
-    result = labeller(tile)
-    began = time.perf_counter()
-    scratch.write(index, tile.core, result.labels, result.scores)
-    return TileReport(
-        index,
-        result.valid,
-        result.windows,
-        result.read_seconds,
-        result.infer_seconds,
-        result.label_seconds,
-        time.perf_counter() - began,
-        labeller.segmenter.engine,
-    )
 
 
 def _refuse_hopeless(what: str, attempts: int, error: BaseException) -> None:
@@ -328,13 +432,3 @@ def _refuse_hopeless(what: str, attempts: int, error: BaseException) -> None:
             f"{what} failed {attempts} times, at last with {type(error).__name__}: {one_line(error)}",
             retryable=isinstance(error, (KilledWorker, CancelledError, OSError, MemoryError)),
         ) from error
-
-
-def _recent(shelf: OrderedDict[str, T], key: str, make: Callable[[], T], keep: int) -> T:
-    """The thing under this key, made if it is not there; only the last `keep` that were asked for stay."""
-    if key not in shelf:
-        shelf[key] = make()
-    shelf.move_to_end(key)
-    while len(shelf) > keep:
-        shelf.popitem(last=False)
-    return shelf[key]

@@ -26,7 +26,7 @@ from typing import Any, Literal, Protocol, Self, TypeVar
 import numpy as np
 
 from segcore.errors import PlanError, ProductError, SceneError, SegcoreError
-from segcore.execute import Recipe, TileReport, Workers, free_memory, label_tiles, run_once
+from segcore.execute import Workers, free_memory, label_tiles, run_once
 from segcore.grid import Grid
 from segcore.io import open_scene
 from segcore.io.scratch import Scratch
@@ -39,6 +39,7 @@ from segcore.scaling import Scaling, fit_scaling
 from segcore.seams import Measured, SeamReport, measure_halo, report_seams
 from segcore.spec import SAME_SCORES, Job, Settings, times, usable_cores
 from segcore.tile import Labeller
+from segcore.worker import Recipe, TileReport
 
 #: Raised whenever a change of this code may change a pixel of a product: old products are then made again. Where a halo
 #: is measured, that also goes for what is looked at (`segcore.seams`) and for `MEASURED_CORE`.

@@ -18,12 +18,13 @@ from conftest import save_local_unet
 
 from segcore.box import Box
 from segcore.errors import ModelError, PlanError, SceneError
-from segcore.execute import ATTEMPTS, Recipe, Workers, label_tiles
+from segcore.execute import ATTEMPTS, Workers, label_tiles
 from segcore.io.memory import ArrayScene
 from segcore.io.scratch import Scratch
 from segcore.model.card import load_card
 from segcore.plan import make_plan
 from segcore.scaling import fit_scaling
+from segcore.worker import Recipe
 
 RNG = np.random.default_rng(2)
 

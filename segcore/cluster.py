@@ -1,0 +1,134 @@
+"""Where tiles are labelled: threads or processes of this machine, a dask cluster, or one that a file describes.
+
+A cluster file is YAML: a `kind`, a number of `workers` (or `minimum` and `maximum`, between which it adapts), and
+`options` that go to the class of that kind as they are:
+
+    kind: slurm            # local, cuda, kubernetes, or a batch system of dask-jobqueue (slurm, pbs, sge, lsf, ...)
+    workers: 8
+    options: {cores: 4, memory: 16GB, walltime: "04:00:00", queue: normal}
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import dask
+import yaml
+from distributed import LocalCluster
+
+from segcore.errors import PlanError, one_line
+from segcore.plan import TILES_IN_FLIGHT
+
+#: Kinds of clusters: the package that brings the class, and the class.
+_KINDS = {
+    "local": ("distributed", "LocalCluster"),
+    "cuda": ("dask_cuda", "LocalCUDACluster"),
+    "kubernetes": ("dask_kubernetes.operator", "KubeCluster"),
+    "slurm": ("dask_jobqueue", "SLURMCluster"),
+    "pbs": ("dask_jobqueue", "PBSCluster"),
+    "sge": ("dask_jobqueue", "SGECluster"),
+    "lsf": ("dask_jobqueue", "LSFCluster"),
+    "oar": ("dask_jobqueue", "OARCluster"),
+    "moab": ("dask_jobqueue", "MoabCluster"),
+    "htcondor": ("dask_jobqueue", "HTCondorCluster"),
+}
+#: Kinds whose workers are processes of this machine.
+_HERE = ("local", "cuda")
+#: What dask does in workers that we do without: looking at all threads all the time (see `Bench.setup`), and trying a
+#: batch again whose worker died (suspects are tried alone instead).
+_SETTINGS = {"distributed.worker.profile.enabled": False, "distributed.scheduler.allowed-failures": 0}
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterFile:
+    """What a cluster file says. Raises PlanError, naming the file, for what it must not say."""
+
+    path: str
+    kind: str
+    workers: int
+    maximum: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.kind not in _KINDS:
+            raise PlanError(f"{self.path}: kind {self.kind!r} must be one of {', '.join(_KINDS)}")
+        numbers = (self.workers, self.workers if self.maximum is None else self.maximum)
+        if any(not isinstance(n, int) or isinstance(n, bool) for n in numbers) or not 0 <= numbers[0] <= numbers[1]:
+            raise PlanError(f"{self.path}: workers must be whole numbers, minimum <= maximum, and not {numbers}")
+        if numbers[1] < 1:
+            raise PlanError(f"{self.path}: at least one worker is needed")
+        if not isinstance(self.options, dict) or not all(isinstance(key, str) for key in self.options):
+            raise PlanError(f"{self.path}: options must be names with values, those of the class of kind {self.kind}")
+
+    @classmethod
+    def read(cls, path: str) -> ClusterFile:
+        """Raises PlanError where the file is missing, is no YAML or holds other keys."""
+        try:
+            document = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise PlanError(f"{path} cannot be read as a cluster file: {one_line(error)}") from error
+        if not isinstance(document, dict) or "kind" not in document:
+            raise PlanError(f"{path} is no cluster file: it needs `kind`, one of {', '.join(_KINDS)}")
+        if unknown := set(document) - {"kind", "workers", "minimum", "maximum", "options"}:
+            raise PlanError(f"{path}: unknown keys {', '.join(sorted(map(str, unknown)))}")
+        if ("workers" in document) == ("maximum" in document):
+            raise PlanError(f"{path} needs either `workers` or `maximum` (and `minimum`)")
+        least: Any = document.get("workers", document.get("minimum", 0))
+        return cls(path, document["kind"], least, document.get("maximum"), document.get("options") or {})
+
+    def start(self) -> Any:
+        """A cluster of this kind, with its workers asked for. Raises PlanError where that does not work."""
+        package, name = _KINDS[self.kind]
+        try:
+            kind = getattr(importlib.import_module(package), name)
+        except ImportError as error:
+            raise PlanError(
+                f"{self.path}: clusters of kind {self.kind} need {package.partition('.')[0]}, and {error.name} is not "
+                f"installed; run `pip install {package.partition('.')[0].replace('_', '-')}`"
+            ) from error
+        options = dict(self.options)
+        if self.kind in _HERE:
+            options = {**_loopback(), "host": "127.0.0.1", "n_workers": max(1, self.workers), **options}
+            options.setdefault("threads_per_worker", TILES_IN_FLIGHT)
+        try:
+            with dask.config.set(_SETTINGS):
+                cluster = kind(**options)
+                if self.maximum is not None:
+                    cluster.adapt(minimum=self.workers, maximum=self.maximum)
+                elif self.kind not in _HERE:
+                    cluster.scale(self.workers)
+        except Exception as error:  # whatever the class of another package raises for options that it does not like
+            raise PlanError(f"{self.path}: no cluster of kind {self.kind}: {one_line(error)}") from error
+        return cluster
+
+
+def is_cluster_file(where: str) -> bool:
+    """Whether `--cluster` names a file rather than an address."""
+    return where.lower().endswith((".yaml", ".yml"))
+
+
+def local_cluster(processes: int) -> LocalCluster:
+    """A worker that is threads of this process (0), or so many workers that are processes of their own."""
+    with dask.config.set(_SETTINGS):
+        return LocalCluster(
+            n_workers=max(1, processes),
+            threads_per_worker=TILES_IN_FLIGHT,
+            processes=processes > 0,
+            host="127.0.0.1" if processes else None,
+            **_loopback(),
+        )
+
+
+def _loopback() -> dict[str, Any]:
+    """Dask always serves its metrics; on loopback only, on any free port, and without its dashboard."""
+    return {
+        "dashboard_address": "127.0.0.1:0",
+        "worker_dashboard_address": "127.0.0.1:0",
+        "scheduler_kwargs": {"dashboard": False},
+        "memory_limit": 0,
+        "silence_logs": logging.CRITICAL,
+    }

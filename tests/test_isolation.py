@@ -1,0 +1,125 @@
+"""Tiles that kill, hang or eat their worker: the guilty one is named, and the innocent are labelled."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from uuid import uuid4
+
+import numpy as np
+import pytest
+from conftest import save_local_unet
+
+from segcore.box import Box
+from segcore.errors import MemoryShortageError, PoisonError, SceneError, StoppedError
+from segcore.execute import Workers, label_tiles
+from segcore.io.memory import ArrayScene
+from segcore.io.scratch import Scratch
+from segcore.model.card import load_card
+from segcore.plan import make_plan
+from segcore.scaling import fit_scaling
+from segcore.worker import Recipe
+
+RNG = np.random.default_rng(5)
+
+
+class Evil(ArrayScene):
+    """A scene with a bad place: pixel (40, 40). What happens there is said by its name, how often by a file."""
+
+    def read(self, box: Box) -> np.ndarray:
+        # Statistics take the scene whole; only tiles meet the bad place.
+        if box.size < self.grid.size and Box((40, 40), (41, 41)) in box:
+            what, _, place = self.name.partition(":")
+            left = Path(place)
+            if what == "kill" or (what == "kill-once" and not left.exists()):
+                left.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            if what == "hang":
+                time.sleep(600)
+            if what == "eat":
+                raise MemoryError
+        return super().read(box)
+
+
+def recipe(tmp_path: Path, what: str = "good") -> Recipe:
+    scene = Evil(RNG.standard_normal((1, 70, 50)).astype(np.float32), "yx", name=f"{what}:{tmp_path / 'mark'}")
+    model = load_card(str(save_local_unet(tmp_path / "unet", "yx")))
+    plan = make_plan(scene.grid, scene.grid.shape, model.card.sight(), model.card.cost(), 2**40, core=(16, 16))
+    scratch = Scratch.create(tmp_path / uuid4().hex, scene.grid, plan.core, 255, None)
+    return Recipe(plan, model, scene, fit_scaling(model.card.scaling, scene), scratch)
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Workers]:
+    with Workers(processes=1) as workers:
+        yield workers
+
+
+def test_a_worker_that_died_once_costs_its_tiles_a_second_try(tmp_path: Path, processes: Workers) -> None:
+    made = recipe(tmp_path, "kill-once")
+    reports = list(label_tiles(made, made.plan.indices(), processes))
+    assert sorted(report.index for report in reports) == sorted(made.plan.indices())
+    assert made.scratch.done() == set(made.plan.indices())
+
+
+def test_poison_is_named_and_the_innocent_are_labelled(tmp_path: Path, processes: Workers) -> None:
+    bad, good = recipe(tmp_path, "kill"), recipe(tmp_path)
+    labelled: list[int] = []
+    beside = threading.Thread(
+        target=lambda: labelled.append(len(list(label_tiles(good, good.plan.indices(), processes))))
+    )
+    beside.start()
+    with pytest.raises(PoisonError, match=r"tile \(2, 2\) killed its worker, 2 times with nothing else under way"):
+        list(label_tiles(bad, bad.plan.indices(), processes))
+    beside.join(120)
+    assert labelled == [len(good.plan)]
+
+
+def test_a_tile_that_hangs_is_ended_with_its_worker(tmp_path: Path, processes: Workers) -> None:
+    made = recipe(tmp_path, "hang")
+    began = time.monotonic()
+    with pytest.raises(PoisonError, match=r"tile \(2, 2\) was not labelled in 5 s, 2 times"):
+        list(label_tiles(made, made.plan.indices(), processes, tile_seconds=5))
+    assert time.monotonic() - began < 120
+
+
+def test_a_scene_that_hangs_is_ended(tmp_path: Path, processes: Workers) -> None:
+    made = recipe(tmp_path, "hang")
+    with pytest.raises(SceneError, match=r"was not labelled in 4 s"):
+        list(label_tiles(made, made.plan.indices(), processes, scene_seconds=4))
+    good = recipe(tmp_path)  # the worker that hung is not in the way
+    assert len(list(label_tiles(good, good.plan.indices(), processes))) == len(good.plan)
+
+
+def test_out_of_memory_is_told_from_other_faults(tmp_path: Path, workers: Workers) -> None:
+    made = recipe(tmp_path, "eat")
+    with pytest.raises(MemoryShortageError, match=r"tile \(2, 2\)"):
+        list(label_tiles(made, made.plan.indices(), workers))
+
+
+def test_a_run_that_is_drained_ends_soon(tmp_path: Path) -> None:
+    with Workers() as workers:
+        made = recipe(tmp_path)
+        made = replace(made, plan=replace(made.plan, core=(1, 1)))
+        tiles = label_tiles(made, made.plan.indices(), workers)
+        next(tiles)
+        workers.drain()
+        began = time.monotonic()
+        with pytest.raises(StoppedError, match="run the same command again"):
+            list(tiles)
+        assert time.monotonic() - began < 10
+
+
+def test_no_profiler_looks_at_the_threads_of_a_worker(workers: Workers, processes: Workers) -> None:
+    def callbacks(dask_worker: object) -> list[str]:
+        return list(dask_worker.periodic_callbacks)  # type: ignore[attr-defined]
+
+    for pool in (workers, processes):
+        for names in pool.client.run(callbacks).values():
+            assert names
+            assert not {"profile", "profile-cycle"} & set(names)
