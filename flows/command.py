@@ -133,7 +133,7 @@ def plan(
 ) -> None:
     """Show how a scene would be tiled, without running the network."""
     from segcore.io import find_scenes, product_name
-    from segcore.scene import provenance, survey
+    from segcore.survey import provenance, survey
 
     uris = find_scenes([scene])
     if len(uris) > 1:

@@ -20,8 +20,8 @@ from segcore.io.source import Wanted
 from segcore.model.card import load_card
 from segcore.publish import write_json
 from segcore.quicklook import draw_comparison
-from segcore.scene import wanted_by
 from segcore.spec import Settings
+from segcore.survey import wanted_by
 
 #: The chip's own scene and its numbers, from the metadata file (MTL) that the United States Geological Survey
 #: distributes with every Landsat scene: reflectance = (2.0e-5 x DN - 0.1) / sin(sun elevation).

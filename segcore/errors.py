@@ -46,7 +46,9 @@ class ModelError(SegcoreError):
 
 
 class MemoryShortageError(ModelError):
-    """A tile took more memory than there is."""
+    """A tile took more memory than there is. `core`: the shape of its core, where whoever catches it knows that."""
+
+    core: tuple[int, ...] | None = None
 
 
 class PoisonError(ModelError):

@@ -143,6 +143,11 @@ class Workers:
         """Tiles that the workers can have under way at once."""
         return sum(self.client.nthreads().values()) or 1
 
+    @property
+    def devices(self) -> int:
+        """Worker processes: each has one inference under way."""
+        return len(self.client.nthreads()) or 1
+
     def drain(self) -> None:
         """End all that is under way, from whatever thread: what waits for tiles raises StoppedError."""
         self._draining.set()

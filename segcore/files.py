@@ -65,6 +65,13 @@ def file_identity(uri: str) -> dict[str, Any]:
     return {"bytes": status.st_size, "changed_ns": status.st_mtime_ns}
 
 
+def cache_folder() -> Path:
+    """Where this user's segflow keeps what it may lose: `SEGFLOW_CACHE`, or the place that XDG names."""
+    if given := os.environ.get("SEGFLOW_CACHE"):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "segflow"
+
+
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:

@@ -8,46 +8,34 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
-import platform
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from math import prod
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self, TypeVar
 
-import numpy as np
-
-from segcore.errors import PlanError, ProductError, SceneError, SegcoreError
-from segcore.execute import Workers, free_memory, label_tiles, run_once
-from segcore.grid import Grid
-from segcore.io import open_scene
+from segcore.errors import MemoryShortageError, ProductError, SceneError, SegcoreError
+from segcore.execute import Workers, label_tiles, run_once
 from segcore.io.scratch import Scratch
-from segcore.io.source import Source, Wanted
 from segcore.model import load_segmenter
-from segcore.model.card import Card, Model, load_card
-from segcore.plan import Plan, make_plan
 from segcore.publish import ClassShare, class_shares, is_current, legend_of, manifest_of, manifest_path, publish
 from segcore.scaling import Scaling, fit_scaling
 from segcore.seams import Measured, SeamReport, measure_halo, report_seams
-from segcore.spec import SAME_SCORES, Job, Settings, times, usable_cores
+from segcore.spec import SAME_SCORES, Job, Settings, usable_cores
+from segcore.speed import Speed, remember
+from segcore.survey import check_range, provenance, survey
 from segcore.tile import Labeller
 from segcore.worker import Recipe, TileReport
 
-#: Raised whenever a change of this code may change a pixel of a product: old products are then made again. Where a halo
-#: is measured, that also goes for what is looked at (`segcore.seams`) and for `MEASURED_CORE`.
-PIXEL_VERSION = 2
 #: How long to wait for another run that has the same scene in work.
 LOCK_SECONDS = 600.0
-#: Folder inside the output folder for what is not finished.
-HIDDEN = ".segflow"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,62 +56,71 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class Prospect:
-    """What is known of a job before any heavy work: headers, card, plan and the fingerprint of the product."""
+class Deadlines:
+    """Seconds that a tile and the tiles of a scene are given; None for as long as they take."""
 
-    job: Job
-    model: Model
-    source: Source
-    plan: Plan
-    fingerprint: str
+    tile_seconds: float | None = None
+    scene_seconds: float | None = None
 
-    @property
-    def hidden(self) -> Path:
-        """Where the unfinished product of this scene lies."""
-        return Path(self.job.out).absolute() / HIDDEN / self.source.name
 
-    @property
-    def scratch_root(self) -> Path:
-        core = "x".join(map(str, self.plan.core))
-        return self.hidden / f"{self.fingerprint[:16]}-{core}"
+@dataclass(slots=True)
+class Tally:
+    """What the tiles of a scene took, added up: of a million reports only the sum is kept."""
+
+    tiles: int = 0
+    windows: int = 0
+    engine: str = ""
+    read: float = 0.0
+    infer: float = 0.0
+    label: float = 0.0
+    write: float = 0.0
+
+    def add(self, report: TileReport) -> None:
+        self.tiles += 1
+        self.windows += report.windows
+        self.engine = self.engine or (report.engine if report.windows else "")
+        self.read += report.read_seconds
+        self.infer += report.infer_seconds
+        self.label += report.label_seconds
+        self.write += report.write_seconds
+
+    def busy_fraction(self, seconds: float, devices: int) -> float:
+        """For which part of the time the devices were at work."""
+        return round(min(1.0, self.infer / max(seconds * devices, 1e-9)), 4)
+
+    def to_json(self) -> dict[str, float]:
+        """Seconds in each stage, of all workers together; stages of several tiles overlap."""
+        stages = {"read_and_scale": self.read, "infer": self.infer, "blend_and_label": self.label, "store": self.write}
+        return {stage: round(seconds, 3) for stage, seconds in stages.items()}
 
 
 Progress = Callable[[str, int, int], None]
 """Called with the scene's name, tiles done and tiles in all, whenever these change."""
 
 
-def survey(job: Job) -> Prospect:
-    """Read card and headers, and plan. Raises SegcoreError for what cannot work, before any heavy work."""
-    model = load_card(job.model)
-    source = open_scene(job.uri, wanted_by(model.card), job.settings)
-    fingerprint = _fingerprint(job, model, source)
-    canvas = canvas_of(source, model.card)
-    sight = model.card.sight(job.settings.overlap, job.settings.weights)
-    memory = job.settings.memory or free_memory() // 2
-    side = job.settings.tile
-    core = (side,) * len(canvas) if side else _interrupted_core(job, source.name, fingerprint)
-
-    def plan_with(core: tuple[int, ...] | None) -> Plan:
-        measured = job.settings.tolerance is not None
-        cost, mode = model.card.cost(), job.settings.mode
-        return make_plan(source.grid, canvas, sight, cost, memory, core=core, mode=mode, measured=measured)
-
-    try:
-        plan = plan_with(core)
-    except PlanError:
-        if side or core is None:
-            raise
-        plan = plan_with(None)
-    return Prospect(job, model, source, plan, fingerprint)
-
-
-def segment_scene(job: Job, workers: Workers, progress: Progress = lambda *_: None) -> Outcome:
+def segment_scene(
+    job: Job, workers: Workers, progress: Progress = lambda *_: None, deadlines: Deadlines = Deadlines()
+) -> Outcome:
     """Label one scene, or find that its product is up to date. Raises SegcoreError; then there is no new product.
 
     After a kill at any moment the same call goes on with the tiles that were finished, and ends with the same bytes.
+    Tiles that do not fit in memory are tried once more at half their size.
     """
+    try:
+        return _segment(job, workers, progress, deadlines, None)
+    except MemoryShortageError as error:
+        core = error.core
+        if core is None or max(core) == 1 or workers.draining:
+            raise
+        return _segment(job, workers, progress, deadlines, tuple(-(-side // 2) for side in core))
+
+
+def _segment(
+    job: Job, workers: Workers, progress: Progress, deadlines: Deadlines, core: tuple[int, ...] | None
+) -> Outcome:
+    """The story, with cores of this shape or with those of the plan."""
     began = time.perf_counter()
-    prospect = survey(job)
+    prospect = survey(job, core)
     source, plan, card = prospect.source, prospect.plan, prospect.model.card
     manifest = manifest_path(Path(job.out).absolute(), source.name)
     if is_current(manifest, prospect.fingerprint):
@@ -149,7 +146,7 @@ def segment_scene(job: Job, workers: Workers, progress: Progress = lambda *_: No
                 plan = plan.with_halo(halo.halo)
                 recipe, prospect = replace(recipe, plan=plan), replace(prospect, plan=plan)
             prepared = time.perf_counter()
-            kept, reports = _label_all(recipe, workers, progress)
+            kept, tally = _label_all(recipe, workers, progress, deadlines)
             labelled = time.perf_counter()
             shares = class_shares(scratch, source, legend_of(card))
             if not any(share.pixels for share in shares):
@@ -157,9 +154,8 @@ def segment_scene(job: Job, workers: Workers, progress: Progress = lambda *_: No
                     f"{source.uri} has no valid pixel: all {source.grid.size} are nodata; check its nodata value "
                     f"and its bands"
                 )
-            engine = next((report.engine for report in reports), "")
             facts = {
-                **provenance(prospect, created, engine),
+                **provenance(prospect, created, tally.engine),
                 **({"segflow:measured_halo": halo.to_json()} if halo else {}),
                 "segflow:classes": [share.to_json() for share in shares],
                 "segflow:valid_fraction": round(sum(share.pixels for share in shares) / source.grid.size, 6),
@@ -168,11 +164,9 @@ def segment_scene(job: Job, workers: Workers, progress: Progress = lambda *_: No
                 "segflow:seconds": {
                     "prepare": round(prepared - began, 3),
                     "label": round(labelled - prepared, 3),
-                    "read_and_scale": round(sum(report.read_seconds for report in reports), 3),
-                    "infer": round(sum(report.infer_seconds for report in reports), 3),
-                    "blend_and_label": round(sum(report.label_seconds for report in reports), 3),
-                    "store": round(sum(report.write_seconds for report in reports), 3),
+                    **tally.to_json(),
                 },
+                "segflow:device_busy_fraction": tally.busy_fraction(labelled - prepared, workers.devices),
             }
             publish(
                 Path(job.out).absolute(),
@@ -190,6 +184,10 @@ def segment_scene(job: Job, workers: Workers, progress: Progress = lambda *_: No
                 _empty(prospect.hidden)
             raise
         _empty(prospect.hidden)
+    if kept == 0:
+        computed = plan.work * prod(plan.canvas)
+        whole = time.perf_counter() - began - (labelled - prepared)
+        remember(prospect.speed_key, Speed((labelled - prepared) / computed, whole / source.grid.size))
     return Outcome(
         "done",
         source.name,
@@ -198,8 +196,8 @@ def segment_scene(job: Job, workers: Workers, progress: Progress = lambda *_: No
         time.perf_counter() - began,
         len(plan),
         kept,
-        sum(report.windows for report in reports),
-        engine,
+        tally.windows,
+        tally.engine,
         tuple(shares),
         source.warnings,
     )
@@ -237,100 +235,23 @@ def check_seams(product: Path) -> SeamReport:
         return report_seams(labeller, lambda box: source.frame.read_labels(mask, box), allowed)
 
 
-def wanted_by(card: Card) -> Wanted:
-    """What a card wants to see of a scene."""
-    return Wanted(
-        tuple(channel.name for channel in card.channels),
-        card.axes,
-        card.orientation,
-        tuple(channel.aliases for channel in card.channels),
-    )
-
-
-def canvas_of(source: Source, card: Card) -> tuple[int, ...]:
-    """Shape of the grid that the network sees: the scene's, or one with the spacing that the card wants."""
-    grid: Grid = source.grid
-    if card.spacing is None:
-        return grid.shape
-    if source.spacing is None:
-        raise SceneError(
-            f"{source.uri} does not say how large its pixels are in metres, and {card.name} wants "
-            f"{times(card.spacing)}; reproject it to a projected CRS (gdalwarp)"
-        )
-    sizes = zip(grid.shape, source.spacing, card.spacing, strict=True)
-    return tuple(max(1, round(n * have / want)) for n, have, want in sizes)
-
-
-def check_range(source: Source, card: Card) -> None:
-    """Look at the scene from afar. Raises SceneError where a channel is nowhere near what the model was made for."""
-    if not any(channel.valid_range for channel in card.channels):
-        return
-    preview = source.overview(tuple(min(n, 256) for n in source.grid.shape))
-    for values, channel in zip(preview, card.channels, strict=True):
-        valid = values[~np.isnan(values)]
-        if channel.valid_range is None or not valid.size:
-            continue
-        low, high = channel.valid_range
-        median = float(np.median(valid))
-        if not low <= median <= high:
-            raise SceneError(
-                f"{source.uri}: half of {channel.name} lies above {median:g}, and {card.name} wants {channel.units} "
-                f"from {low:g} to {high:g}; say how stored numbers become {channel.units} with --scale and --offset, "
-                f"or in a STAC Item (raster:bands)"
-            )
-
-
-def provenance(prospect: Prospect, created: str, engine: str) -> dict[str, Any]:
-    """The part of a manifest that is known before the first tile: input, model, settings, plan and versions."""
-    card, plan, source = prospect.model.card, prospect.plan, prospect.source
-    model = {
-        "reference": prospect.job.model,
-        "name": card.name,
-        "version": card.version,
-        "digest": prospect.model.digest,
-        "license": card.license,
-    }
-    model |= {"citation": card.citation, "engine": engine, "weights_sha256": card.artifacts[0].sha256}
-    tiling: dict[str, Any] = {
-        "mode": plan.mode,
-        "core": list(plan.core),
-        "counts": list(plan.counts),
-        "canvas": list(plan.canvas),
-    }
-    if plan.mode == "blend":
-        sight = plan.sight
-        tiling |= {"window": list(sight.window or ()), "step": list(sight.step), "weights": sight.weights}
-    else:
-        tiling |= {"halo": [list(sides) for sides in plan.halo]}
-    tiling |= {"work": round(plan.work, 4), "predicted_memory_bytes": plan.memory}
-    return {
-        "created": created,
-        "segflow:fingerprint": prospect.fingerprint,
-        "segflow:datetime_is": "acquisition"
-        if source.datetime
-        else "processing: the scene does not say when it was taken",
-        "segflow:input": {"uri": source.uri, "identity": dict(source.identity())},
-        "segflow:model": model,
-        "segflow:settings": asdict(prospect.job.settings),
-        "segflow:plan": tiling,
-        "segflow:versions": {"python": platform.python_version(), **_versions()},
-        "segflow:warnings": list(source.warnings),
-    }
-
-
-def _label_all(recipe: Recipe, workers: Workers, progress: Progress) -> tuple[int, list[TileReport]]:
-    """Label every tile that scratch does not hold. Returns how many it held, and reports of the others."""
+def _label_all(recipe: Recipe, workers: Workers, progress: Progress, deadlines: Deadlines) -> tuple[int, Tally]:
+    """Label every tile that scratch does not hold. Returns how many it held, and what the others took."""
     done = recipe.scratch.done()
-    total, reports = len(recipe.plan), []
+    total, tally = len(recipe.plan), Tally()
     progress(recipe.source.name, len(done), total)
     todo = (index for index in recipe.plan.indices() if index not in done)
-    for report in label_tiles(recipe, todo, workers):
-        reports.append(report)
-        progress(recipe.source.name, len(done) + len(reports), total)
+    try:
+        for report in label_tiles(recipe, todo, workers, deadlines.tile_seconds, deadlines.scene_seconds):
+            tally.add(report)
+            progress(recipe.source.name, len(done) + tally.tiles, total)
+    except MemoryShortageError as error:
+        error.core = recipe.plan.core
+        raise
     missing = total - len(recipe.scratch.present())
     if missing:
         raise ProductError(f"{missing} of {total} tiles are not in {recipe.scratch.root}; report this bug")
-    return len(done), reports
+    return len(done), tally
 
 
 def _measure_halo(recipe: Recipe, workers: Workers, tolerance: float | None) -> Measured | None:
@@ -368,25 +289,6 @@ def _kept(path: Path, kind: type[_F], measure: Callable[[], _F]) -> _F:
     except OSError as error:
         raise ProductError(f"cannot write {path}: {error.strerror or error}", retryable=True) from error
     return found
-
-
-def _fingerprint(job: Job, model: Model, source: Source) -> str:
-    """SHA-256 of all that a product depends on: input, model, settings, and the version of the arithmetic."""
-    parts = {
-        "pixels": PIXEL_VERSION,
-        "input": source.identity(),
-        "model": model.digest,
-        "settings": job.settings.pixels(),
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _interrupted_core(job: Job, name: str, fingerprint: str) -> tuple[int, ...] | None:
-    """The core of a run that was interrupted, so that its tiles can be used whatever memory is free today."""
-    for folder in sorted((Path(job.out) / HIDDEN / name).glob(f"{fingerprint[:16]}-*")):
-        with contextlib.suppress(ValueError):
-            return tuple(int(side) for side in folder.name.partition("-")[2].split("x"))
-    return None
 
 
 @contextlib.contextmanager
@@ -438,11 +340,3 @@ def _empty(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in ("segflow", "numpy", "onnxruntime", "torch", "rasterio", "nibabel", "zarr", "distributed"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found

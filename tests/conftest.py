@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from segcore.files import sha256_of
 from segcore.model.card import Card
 from segcore.model.pack import pack
 from segcore.model.unet import UNet
+
+# What a test learns about this machine goes with it.
+os.environ["SEGFLOW_CACHE"] = tempfile.mkdtemp(prefix="segflow-cache-")
 
 settings.register_profile(
     "segflow",

@@ -24,8 +24,9 @@ from rasterio.transform import from_origin
 from segcore.errors import ModelError, PlanError, ProductError, SceneError
 from segcore.execute import Workers
 from segcore.files import sha256_of
-from segcore.scene import HIDDEN, segment_scene, survey
+from segcore.scene import segment_scene
 from segcore.spec import Job, Settings
+from segcore.survey import HIDDEN, survey
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -274,8 +275,8 @@ def test_a_manifest_that_cannot_be_written_costs_no_product(
     out = tmp_path / "out"
     segment_scene(job(raster, model, out), workers)
     before = files(out / "scene_1")
-    monkeypatch.setattr("segcore.scene.PIXEL_VERSION", float("nan"))
-    monkeypatch.setattr("segcore.scene._versions", lambda: {"odd": float("nan")})
+    monkeypatch.setattr("segcore.survey.PIXEL_VERSION", float("nan"))
+    monkeypatch.setattr("segcore.survey._versions", lambda: {"odd": float("nan")})
     with pytest.raises(ValueError, match="JSON compliant"):
         segment_scene(job(raster, model, out), workers)
     assert files(out / "scene_1") == before

@@ -29,9 +29,10 @@ from segcore.model.torch import TorchSegmenter
 from segcore.model.unet import UNet
 from segcore.plan import Plan, make_plan
 from segcore.scaling import Scaling
-from segcore.scene import Outcome, check_seams, segment_scene, survey
+from segcore.scene import Outcome, check_seams, segment_scene
 from segcore.seams import _pieces, _places, measure_halo, report_seams
 from segcore.spec import Cost, Job, Settings, Sight, symmetric
+from segcore.survey import survey
 from segcore.tile import Labeller
 
 COST = Cost(1, 3, 100)

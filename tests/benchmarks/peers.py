@@ -24,7 +24,7 @@ CSMASK = """
 import sys, numpy as np
 from segcore.io import open_scene
 from segcore.model.card import load_card
-from segcore.scene import wanted_by
+from segcore.survey import wanted_by
 from segcore.spec import Settings
 from ukis_csmask.mask import CSmask
 source = open_scene(sys.argv[1], wanted_by(load_card("ukis-csmask-6b-l1c").card), Settings())

@@ -1,0 +1,204 @@
+"""What is known of a scene before any heavy work: headers, card, plan, and whether its product would be the same."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from segcore.errors import PlanError, SceneError
+from segcore.execute import free_memory
+from segcore.grid import Grid
+from segcore.io import open_scene
+from segcore.io.source import Source, Wanted
+from segcore.model.card import Card, Model, load_card
+from segcore.plan import Plan, make_plan
+from segcore.spec import Job, times
+from segcore.speed import Speed, recall
+
+#: Raised whenever a change of this code may change a pixel of a product: old products are then made again. Where a halo
+#: is measured, that also goes for what is looked at (`segcore.seams`) and for `MEASURED_CORE`.
+PIXEL_VERSION = 2
+#: Folder inside the output folder for what is not finished.
+HIDDEN = ".segflow"
+
+
+@dataclass(frozen=True, slots=True)
+class Prospect:
+    """What is known of a job before any heavy work: headers, card, plan and the fingerprint of the product."""
+
+    job: Job
+    model: Model
+    source: Source
+    plan: Plan
+    fingerprint: str
+
+    @property
+    def hidden(self) -> Path:
+        """Where the unfinished product of this scene lies."""
+        return Path(self.job.out).absolute() / HIDDEN / self.source.name
+
+    @property
+    def scratch_root(self) -> Path:
+        core = "x".join(map(str, self.plan.core))
+        return self.hidden / f"{self.fingerprint[:16]}-{core}"
+
+    @property
+    def speed_key(self) -> str:
+        """Under what name the speed of this model on this machine is remembered."""
+        return self.model.digest
+
+    @property
+    def speed(self) -> Speed | None:
+        """How fast this model was on this machine when it last ran."""
+        return recall(self.speed_key)
+
+    @property
+    def disk(self) -> tuple[int, int]:
+        """Bytes that scratch and the product take at most, before compression."""
+        pixels, scores = self.source.grid.size, 4 * len(self.model.card.classes) * self.job.settings.scores
+        return pixels * (1 + scores), pixels * 4 * (1 + scores) // 3
+
+
+def survey(job: Job, core: tuple[int, ...] | None = None) -> Prospect:
+    """Read card and headers, and plan. Raises SegcoreError for what cannot work, before any heavy work.
+
+    `core`: shape of a tile's core, None for what settings, an interrupted run or the plan say.
+    """
+    model = load_card(job.model)
+    source = open_scene(job.uri, wanted_by(model.card), job.settings)
+    fingerprint = _fingerprint(job, model, source)
+    canvas = canvas_of(source, model.card)
+    sight = model.card.sight(job.settings.overlap, job.settings.weights)
+    memory = job.settings.memory or free_memory() // 2
+    side = job.settings.tile
+    given = core or ((side,) * len(canvas) if side else None)
+    core = given or _interrupted_core(job, source.name, fingerprint)
+
+    def plan_with(core: tuple[int, ...] | None) -> Plan:
+        measured = job.settings.tolerance is not None
+        cost, mode = model.card.cost(), job.settings.mode
+        return make_plan(source.grid, canvas, sight, cost, memory, core=core, mode=mode, measured=measured)
+
+    try:
+        plan = plan_with(core)
+    except PlanError:
+        if given or core is None:
+            raise
+        plan = plan_with(None)
+    return Prospect(job, model, source, plan, fingerprint)
+
+
+def wanted_by(card: Card) -> Wanted:
+    """What a card wants to see of a scene."""
+    return Wanted(
+        tuple(channel.name for channel in card.channels),
+        card.axes,
+        card.orientation,
+        tuple(channel.aliases for channel in card.channels),
+    )
+
+
+def canvas_of(source: Source, card: Card) -> tuple[int, ...]:
+    """Shape of the grid that the network sees: the scene's, or one with the spacing that the card wants."""
+    grid: Grid = source.grid
+    if card.spacing is None:
+        return grid.shape
+    if source.spacing is None:
+        raise SceneError(
+            f"{source.uri} does not say how large its pixels are in metres, and {card.name} wants "
+            f"{times(card.spacing)}; reproject it to a projected CRS (gdalwarp)"
+        )
+    sizes = zip(grid.shape, source.spacing, card.spacing, strict=True)
+    return tuple(max(1, round(n * have / want)) for n, have, want in sizes)
+
+
+def check_range(source: Source, card: Card) -> None:
+    """Look at the scene from afar. Raises SceneError where a channel is nowhere near what the model was made for."""
+    if not any(channel.valid_range for channel in card.channels):
+        return
+    preview = source.overview(tuple(min(n, 256) for n in source.grid.shape))
+    for values, channel in zip(preview, card.channels, strict=True):
+        valid = values[~np.isnan(values)]
+        if channel.valid_range is None or not valid.size:
+            continue
+        low, high = channel.valid_range
+        median = float(np.median(valid))
+        if not low <= median <= high:
+            raise SceneError(
+                f"{source.uri}: half of {channel.name} lies above {median:g}, and {card.name} wants {channel.units} "
+                f"from {low:g} to {high:g}; say how stored numbers become {channel.units} with --scale and --offset, "
+                f"or in a STAC Item (raster:bands)"
+            )
+
+
+def provenance(prospect: Prospect, created: str, engine: str) -> dict[str, Any]:
+    """The part of a manifest that is known before the first tile: input, model, settings, plan and versions."""
+    card, plan, source = prospect.model.card, prospect.plan, prospect.source
+    model = {
+        "reference": prospect.job.model,
+        "name": card.name,
+        "version": card.version,
+        "digest": prospect.model.digest,
+        "license": card.license,
+    }
+    model |= {"citation": card.citation, "engine": engine, "weights_sha256": card.artifacts[0].sha256}
+    tiling: dict[str, Any] = {
+        "mode": plan.mode,
+        "core": list(plan.core),
+        "counts": list(plan.counts),
+        "canvas": list(plan.canvas),
+    }
+    if plan.mode == "blend":
+        sight = plan.sight
+        tiling |= {"window": list(sight.window or ()), "step": list(sight.step), "weights": sight.weights}
+    else:
+        tiling |= {"halo": [list(sides) for sides in plan.halo]}
+    tiling |= {"work": round(plan.work, 4), "predicted_memory_bytes": plan.memory}
+    return {
+        "created": created,
+        "segflow:fingerprint": prospect.fingerprint,
+        "segflow:datetime_is": "acquisition"
+        if source.datetime
+        else "processing: the scene does not say when it was taken",
+        "segflow:input": {"uri": source.uri, "identity": dict(source.identity())},
+        "segflow:model": model,
+        "segflow:settings": asdict(prospect.job.settings),
+        "segflow:plan": tiling,
+        "segflow:versions": {"python": platform.python_version(), **_versions()},
+        "segflow:warnings": list(source.warnings),
+    }
+
+
+def _fingerprint(job: Job, model: Model, source: Source) -> str:
+    """SHA-256 of all that a product depends on: input, model, settings, and the version of the arithmetic."""
+    parts = {
+        "pixels": PIXEL_VERSION,
+        "input": source.identity(),
+        "model": model.digest,
+        "settings": job.settings.pixels(),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _interrupted_core(job: Job, name: str, fingerprint: str) -> tuple[int, ...] | None:
+    """The core of a run that was interrupted, so that its tiles can be used whatever memory is free today."""
+    for folder in sorted((Path(job.out) / HIDDEN / name).glob(f"{fingerprint[:16]}-*")):
+        with contextlib.suppress(ValueError):
+            return tuple(int(side) for side in folder.name.partition("-")[2].split("x"))
+    return None
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("segflow", "numpy", "onnxruntime", "torch", "rasterio", "nibabel", "zarr", "distributed"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
