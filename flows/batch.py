@@ -1,33 +1,60 @@
-"""A batch: many scenes, one model, one output folder. Knows nothing of Prefect: a flow and a plain loop both run it."""
+"""What a run is asked to do and what it did: jobs, limits, records. Knows nothing of Prefect."""
 
 from __future__ import annotations
 
-import platform
 import tempfile
-import time
-import traceback
-import uuid
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
-from importlib.metadata import version
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from segcore.errors import CardError, PlanError, ProductError, SegcoreError, one_line
+from segcore.errors import CardError, PlanError, ProductError
 from segcore.io import find_scenes, product_name
+from segcore.ledger import RUN_FILES
 from segcore.model.card import built_in_models, load_card
-from segcore.publish import write_json
-from segcore.scene import Outcome
+from segcore.scene import Deadlines
 from segcore.spec import Job, Settings
 
-State = Literal["done", "up to date", "failed"]
+State = Literal["done", "up to date", "failed", "quarantined"]
 
-#: Exit codes of `segflow run`; besides, 75 means that it was stopped by SIGTERM.
-ALL_DONE, SOME_FAILED, NOTHING_RUN = 0, 1, 2
-#: Where a run says what it did; no product can have this name.
-RUN_FILE = "run.json"
+#: Exit codes of `segflow run`; the last one: stopped by SIGTERM or at a limit, run again to go on.
+ALL_DONE, SOME_FAILED, NOTHING_RUN, STOPPED = 0, 1, 2, 75
+#: Scenes that are labelled side by side: enough that small ones leave no worker idle.
+_AT_ONCE = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Where a run ends although there is more to do, and what a scene may take.
+
+    `max_scenes`: scenes that take work, those up to date not among them; `stop_after`, `tile_seconds` and
+    `scene_seconds` in seconds; `max_failure_rate`: 0 to 1, of the scenes that took work; `retry_failed`: whether scenes
+    that are quarantined are tried again; `scenes_at_once`: None to choose. Raises PlanError.
+    """
+
+    max_scenes: int | None = None
+    stop_after: float | None = None
+    max_failure_rate: float | None = None
+    tile_seconds: float | None = None
+    scene_seconds: float | None = None
+    retry_failed: bool = False
+    scenes_at_once: int | None = None
+
+    def __post_init__(self) -> None:
+        for option, value in (("--max-scenes", self.max_scenes), ("--scenes-at-once", self.scenes_at_once)):
+            if value is not None and value < 1:
+                raise PlanError(f"{option} {value} must be 1 or more")
+        if self.max_failure_rate is not None and not 0 <= self.max_failure_rate <= 1:
+            raise PlanError(f"--max-failure-rate {self.max_failure_rate} must be 0 to 1, such as 0.2 for a fifth")
+
+    @property
+    def deadlines(self) -> Deadlines:
+        return Deadlines(self.tile_seconds, self.scene_seconds)
+
+    def at_once(self, scenes: int) -> int:
+        """How many scenes are labelled side by side."""
+        return min(scenes, self.scenes_at_once or _AT_ONCE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +81,33 @@ class Summary:
     seconds: float
     records: tuple[SceneRecord, ...]
     job: dict[str, Any]
+    total: int
     ended: bool = True
     warnings: tuple[str, ...] = ()
+    reason: str = ""
+    code: int | None = None
 
     def count(self, state: State) -> int:
         return sum(record.state == state for record in self.records)
 
     @property
+    def counts(self) -> dict[str, int]:
+        """Scenes by state; `waiting` are those that were not begun, or are under way."""
+        counts: dict[str, int] = {state: self.count(state) for state in get_args(State)}
+        return counts | {"waiting": self.total - len(self.records)}
+
+    @property
+    def failed(self) -> int:
+        """Scenes that need a person."""
+        return self.count("failed") + self.count("quarantined")
+
+    @property
     def exit_code(self) -> int:
-        failed = [record for record in self.records if record.state == "failed"]
+        if self.code is not None:
+            return self.code
+        if len(self.records) < self.total:
+            return STOPPED
+        failed = [record for record in self.records if record.state in ("failed", "quarantined")]
         if not failed:
             return ALL_DONE
         hopeless = {CardError.__name__, PlanError.__name__}
@@ -70,18 +115,20 @@ class Summary:
             return NOTHING_RUN
         return SOME_FAILED
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self, most: int | None = None) -> dict[str, Any]:
+        """The run with its scenes, at most so many of them, those with a fault first."""
+        scenes = sorted(self.records, key=lambda record: record.state in ("done", "up to date")) if most else self.records
         return {
             "run_id": self.run_id,
-            "segflow": version("segflow"),
-            "host": platform.node(),
             "started": self.started,
             "seconds": round(self.seconds, 3),
             "exit_code": self.exit_code if self.ended else None,
-            "counts": {state: self.count(state) for state in ("done", "up to date", "failed")},
+            "reason": self.reason,
+            "total": self.total,
+            "counts": self.counts,
             "warnings": list(self.warnings),
             **self.job,
-            "scenes": [asdict(record) for record in self.records],
+            "scenes": [asdict(record) for record in scenes[:most]],
         }
 
 
@@ -100,8 +147,8 @@ def find_jobs(arguments: Sequence[str], model: str, out: str, settings: Settings
     for uri in uris:
         named[product_name(uri)].append(uri)
     for name, same in named.items():
-        if name == RUN_FILE:
-            raise PlanError(f"{same[0]} would write {Path(out) / name}, which is the file of the run; rename the scene")
+        if name in RUN_FILES:
+            raise PlanError(f"{same[0]} would write {Path(out) / name}, which is a file of the run; rename the scene")
         if len(same) > 1:
             raise PlanError(
                 f"{len(same)} scenes would all write {Path(out) / name}: {', '.join(same[:3])}; run them with "
@@ -110,60 +157,6 @@ def find_jobs(arguments: Sequence[str], model: str, out: str, settings: Settings
     _check_writable(Path(out))
     reference = model if model in built_in_models() else str(loaded.folder)
     return [Job(name, uri, reference, str(Path(out).absolute()), settings) for name, (uri,) in named.items()]
-
-
-def run_batch(jobs: Iterable[Job], label: Callable[[Job], Outcome], ended: Callable[[SceneRecord], None]) -> Summary:
-    """Label the scenes one after the other, their tiles side by side; a scene that fails does not stop the next.
-
-    `label` labels one scene or raises; `ended` hears of each that ends. Writes `run.json` after every scene.
-    """
-    jobs = list(jobs)
-    first = jobs[0]
-    records: list[SceneRecord] = []
-    started, began, run_id = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), time.perf_counter(), uuid.uuid4().hex
-    described = {"model": first.model, "out": first.out, "settings": asdict(first.settings), "total": len(jobs)}
-
-    def summary() -> Summary:
-        seconds, finished = time.perf_counter() - began, len(records) == len(jobs)
-        return Summary(run_id, first.out, started, seconds, tuple(records), described, finished)
-
-    warnings = _write_run(summary())  # what an older run said is no longer true
-    for job in jobs:
-        records.append(_attempt(job, label))
-        ended(records[-1])
-        warnings = _write_run(summary())
-    return replace(summary(), warnings=warnings)
-
-
-def _attempt(job: Job, label: Callable[[Job], Outcome]) -> SceneRecord:
-    began = time.perf_counter()
-    details: dict[str, Any] = {}
-    try:
-        outcome = label(job)
-    except Exception as error:
-        # A scene that meets a fault of segflow itself fails as any other does; the next one has its chance.
-        kind, reason = type(error).__name__, str(error)
-        if not isinstance(error, SegcoreError):
-            reason = f"unexpected {kind}: {one_line(error)}; run.json has the details, please report this"
-            details = {"traceback": traceback.format_exc()}
-        seconds = round(time.perf_counter() - began, 3)
-        return SceneRecord(job.name, job.uri, "failed", seconds, reason, kind, details=details)
-    details = {
-        "tiles": outcome.tiles,
-        "tiles_kept": outcome.tiles_kept,
-        "windows": outcome.windows,
-        "engine": outcome.engine,
-        "classes": [share.to_json() for share in outcome.shares],
-        "warnings": list(outcome.warnings),
-    }
-    return SceneRecord(
-        outcome.name,
-        outcome.uri,
-        outcome.state,
-        round(outcome.seconds, 3),
-        product=outcome.product,
-        details=details,
-    )
 
 
 def _check_writable(out: Path) -> None:
@@ -180,14 +173,3 @@ def _check_writable(out: Path) -> None:
         raise ProductError(
             f"cannot write to {out}: {existing}: {error.strerror or error}; choose another --out"
         ) from error
-
-
-def _write_run(summary: Summary) -> tuple[str, ...]:
-    """Write the file of the run; products do not depend on it, so that a failure is a warning, which is returned."""
-    out = Path(summary.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / RUN_FILE, summary.to_json())
-    except (OSError, ValueError) as error:
-        return (f"cannot write {out / RUN_FILE}: {one_line(error)}",)
-    return ()

@@ -87,7 +87,7 @@ class Bar:
     def ended(self, record: SceneRecord) -> None:
         if record.name in self._tasks:
             self.live.remove_task(self._tasks.pop(record.name))
-        style = {"done": "green", "up to date": "cyan", "failed": "red"}[record.state]
+        style = {"done": "green", "up to date": "cyan"}.get(record.state, "red")
         self.live.console.print(sentence(record), style=style, highlight=False, markup=False, soft_wrap=True)
 
     def note(self, text: str) -> None:
@@ -132,8 +132,8 @@ def reporting(quiet: bool) -> Iterator[Reporter]:
 
 def sentence(record: SceneRecord) -> str:
     """One line about a scene that has ended."""
-    if record.state == "failed":
-        return f"failed      {record.name}: {record.reason}"
+    if record.state in ("failed", "quarantined"):
+        return f"{record.state:11} {record.name}: {record.reason}"
     if record.state == "up to date":
         return f"up to date  {record.name}"
     shares = ", ".join(f"{share['name']} {share['fraction']:.1%}" for share in record.details.get("classes", ()))

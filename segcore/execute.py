@@ -45,6 +45,8 @@ _REVIVAL = 60.0
 _SETTLE = 2.0
 #: Seconds that a tile under way is given to end: when its scene failed, and when the run is to stop.
 _PATIENCE, _HURRY = 60.0, 6.0
+#: Scenes whose statistics or products are made at once.
+_AT_DESK = 2
 #: Seconds between two looks at whether the run is to stop.
 _LOOK = 0.5
 
@@ -112,6 +114,8 @@ class Workers:
         self.processes = where is not None or processes > 0
         self._here = where is None
         self.gate, self._draining = Gate(), threading.Event()
+        # Statistics and products are made in this process: of few scenes at once, so that memory stays bounded.
+        self.desk = threading.Semaphore(_AT_DESK)
         address = where
         try:
             if where is None:
@@ -160,6 +164,14 @@ class Workers:
         """Raises StoppedError when the run is to end."""
         if self._draining.is_set():
             raise StoppedError("stopped; finished tiles are kept: run the same command again to go on")
+
+    @property
+    def lost(self) -> bool:
+        """Whether nobody is there any more to label a tile."""
+        try:
+            return self.client.status != "running" or not self.client.nthreads()
+        except Exception:  # whatever a client raises whose scheduler is gone
+            return True
 
     def settle(self) -> None:
         """After a death: wait until a worker is back. Raises ModelError where none comes."""

@@ -50,6 +50,7 @@ class Outcome:
     tiles: int = 0
     tiles_kept: int = 0
     windows: int = 0
+    pixels: int = 0
     engine: str = ""
     shares: tuple[ClassShare, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -137,9 +138,10 @@ def _segment(
                 card.label_nodata,
                 len(card.classes) if job.settings.scores else None,
             )
-            source = source.stage(prospect.hidden / "staged")
-            check_range(source, card)
-            scaling = _kept(scratch.root / "scaling.json", Scaling, lambda: fit_scaling(card.scaling, source))
+            with workers.desk:
+                source = source.stage(prospect.hidden / "staged")
+                check_range(source, card)
+                scaling = _kept(scratch.root / "scaling.json", Scaling, lambda: fit_scaling(card.scaling, source))
             recipe = Recipe(plan, prospect.model, source, scaling, scratch)
             halo = _measure_halo(recipe, workers, job.settings.tolerance)
             if halo is not None:
@@ -148,36 +150,37 @@ def _segment(
             prepared = time.perf_counter()
             kept, tally = _label_all(recipe, workers, progress, deadlines)
             labelled = time.perf_counter()
-            shares = class_shares(scratch, source, legend_of(card))
-            if not any(share.pixels for share in shares):
-                raise SceneError(
-                    f"{source.uri} has no valid pixel: all {source.grid.size} are nodata; check its nodata value "
-                    f"and its bands"
+            with workers.desk:
+                shares = class_shares(scratch, source, legend_of(card))
+                if not any(share.pixels for share in shares):
+                    raise SceneError(
+                        f"{source.uri} has no valid pixel: all {source.grid.size} are nodata; check its nodata value "
+                        f"and its bands"
+                    )
+                facts = {
+                    **provenance(prospect, created, tally.engine),
+                    **({"segflow:measured_halo": halo.to_json()} if halo else {}),
+                    "segflow:classes": [share.to_json() for share in shares],
+                    "segflow:valid_fraction": round(sum(share.pixels for share in shares) / source.grid.size, 6),
+                    "segflow:scaling": scaling.to_json(),
+                    "segflow:tiles": {"total": len(plan), "kept_of_an_interrupted_run": kept},
+                    "segflow:seconds": {
+                        "prepare": round(prepared - began, 3),
+                        "label": round(labelled - prepared, 3),
+                        **tally.to_json(),
+                    },
+                    "segflow:device_busy_fraction": tally.busy_fraction(labelled - prepared, workers.devices),
+                }
+                publish(
+                    Path(job.out).absolute(),
+                    prospect.hidden / "publish",
+                    source,
+                    scratch,
+                    card,
+                    shares,
+                    facts,
+                    scores=job.settings.scores,
                 )
-            facts = {
-                **provenance(prospect, created, tally.engine),
-                **({"segflow:measured_halo": halo.to_json()} if halo else {}),
-                "segflow:classes": [share.to_json() for share in shares],
-                "segflow:valid_fraction": round(sum(share.pixels for share in shares) / source.grid.size, 6),
-                "segflow:scaling": scaling.to_json(),
-                "segflow:tiles": {"total": len(plan), "kept_of_an_interrupted_run": kept},
-                "segflow:seconds": {
-                    "prepare": round(prepared - began, 3),
-                    "label": round(labelled - prepared, 3),
-                    **tally.to_json(),
-                },
-                "segflow:device_busy_fraction": tally.busy_fraction(labelled - prepared, workers.devices),
-            }
-            publish(
-                Path(job.out).absolute(),
-                prospect.hidden / "publish",
-                source,
-                scratch,
-                card,
-                shares,
-                facts,
-                scores=job.settings.scores,
-            )
         except SegcoreError as error:
             # Finished tiles are kept where the scene may still succeed: storage was away, or the disk full.
             if isinstance(error, SceneError) and not error.retryable:
@@ -197,6 +200,7 @@ def _segment(
         len(plan),
         kept,
         tally.windows,
+        source.grid.size,
         tally.engine,
         tuple(shares),
         source.warnings,

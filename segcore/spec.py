@@ -36,6 +36,14 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * scale)
 
 
+def parse_seconds(option: str, text: str) -> float:
+    """Seconds from a text such as `6h`, `90m`, `45s` or `45`. Raises PlanError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd]?)\s*", text.lower())
+    if match is None or float(match[1]) <= 0:
+        raise PlanError(f"{option} {text!r} is no time; give a positive number with a unit: 45s, 90m, 6h or 2d")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+
+
 def format_bytes(count: float) -> str:
     """`9.7 GiB` and the like."""
     for unit in ("B", "KiB", "MiB"):

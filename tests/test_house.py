@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     "flows": 6,
     "segcore.demo": 6,
+    "segcore.crew": 5.5,
     "segcore.scene": 5,
     "segcore.survey": 4.5,
     "segcore.execute": 4,
@@ -29,6 +30,7 @@ FLOORS = {
     "segcore.files": 0.5,
     "segcore.grid": 0.5,
     "segcore.spec": 0.5,
+    "segcore.ledger": 0.8,
     "segcore.speed": 0.6,
     "segcore.box": 0,
     "segcore.errors": 0,

@@ -1,0 +1,382 @@
+"""An archive: many scenes, one model, one output folder, side by side until all are done or a limit is reached.
+
+Knows nothing of Prefect: a flow and a plain loop both run it. Every scene ends as done, up to date, failed or
+quarantined, or was not begun; what became of it is in the ledger at once, and in `run.json` within seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import queue
+import threading
+import time
+import traceback
+import uuid
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextvars import copy_context
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from flows.batch import Limits, SceneRecord, Summary
+from flows.console import Reporter
+from segcore import ledger
+from segcore.errors import PoisonError, ProductError, SegcoreError, StoppedError, one_line
+from segcore.publish import write_json
+from segcore.scene import Outcome
+from segcore.spec import Job
+
+#: Exit code of a run that was stopped, by a signal or at a limit, before all was done.
+STOPPED = 75
+#: A scene whose fault may pass (storage was away, a worker lost) is tried so often, so many seconds apart.
+ATTEMPTS, _PAUSE = 3, 5.0
+#: Seconds between two heartbeats.
+_BEAT = 5.0
+#: Seconds that scenes under way are given to end their tiles when the run is stopped.
+_DRAIN = 7.0
+#: Scenes that must have ended before their failure rate says anything.
+_ENOUGH = 10
+#: Seconds that a scene may take beyond its deadline before it is given up: its thread then hangs in a file.
+_GRACE = 60.0
+#: Scenes that `run.json` names one by one; the ledger has all.
+_NAMED = 1000
+
+#: Labels one scene; the second argument hears of tiles done and in all. Raises SegcoreError.
+Label = Callable[[Job, Callable[[str, int, int], None]], Outcome]
+
+
+@dataclass(slots=True)
+class _Visit:
+    """A scene, and how often it was tried. `alone`: with nothing else under way, as it may have killed a run."""
+
+    job: Job
+    attempt: int = 1
+    not_before: float = 0.0
+    alone: bool = False
+
+
+@dataclass(slots=True)
+class _UnderWay:
+    """A scene that is being labelled."""
+
+    visit: _Visit
+    since: str
+    began: float
+    done: int = 0
+    total: int = 0
+
+
+@dataclass(slots=True)
+class Archive:
+    """One run over many scenes.
+
+    `label` labels one scene; `label_alone`, where it differs, one that may have killed the process of an earlier run;
+    `drain` makes whatever they are in end soon; `retry`: whether a scene is tried again here when its fault may pass.
+    """
+
+    jobs: Sequence[Job]
+    label: Label
+    drain: Callable[[], None]
+    reporter: Reporter
+    limits: Limits = field(default_factory=Limits)
+    label_alone: Label | None = None
+    retry: bool = True
+    command: str = ""
+    warnings: list[str] = field(default_factory=list)
+    run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    _records: dict[str, SceneRecord] = field(default_factory=dict)
+    _under_way: dict[str, _UnderWay] = field(default_factory=dict)
+    _given_up: set[str] = field(default_factory=set)
+    _ended: queue.SimpleQueue[tuple[_Visit, Outcome | Exception, float]] = field(default_factory=queue.SimpleQueue)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _started: str = ""
+    _began: float = 0.0
+    _begun: int = 0
+    _reason: str = ""
+    _code: int | None = None
+
+    def run(self) -> Summary:
+        """Label the scenes. Returns what became of them; a signal raises SystemExit, with everything written."""
+        self._started, self._began = ledger.now(), time.monotonic()
+        waiting = self._arrange()
+        self._event(ledger.RUN_STARTED, total=len(self.jobs), model=self.jobs[0].model, command=self.command)
+        self._write_run()
+        over = threading.Event()
+        heart = threading.Thread(target=self._beat, args=(over,), name="heartbeat", daemon=True)
+        heart.start()
+        try:
+            self._go(waiting)
+            summary = self._summary(ended=True)
+            self._code = summary.exit_code
+        except BaseException as error:
+            self._reason = "stopped by a signal" if isinstance(error, SystemExit | KeyboardInterrupt) else repr(error)
+            self._code = STOPPED
+            self._drain_all()
+            raise
+        finally:
+            over.set()
+            heart.join(1)
+            self._close()
+        return self._summary(ended=True)
+
+    @property
+    def out(self) -> Path:
+        return Path(self.jobs[0].out)
+
+    def _arrange(self) -> deque[_Visit]:
+        """The scenes in order; those that were under way when an earlier run died come last, and alone."""
+        past = ledger.Ledger(self.out / ledger.LEDGER_FILE)
+        waiting, suspects = deque[_Visit](), []
+        for job in self.jobs:
+            entry = past.get(job.name)
+            if entry is not None and entry.state == "quarantined" and not self.limits.retry_failed:
+                reason = f"{entry.reason} (found earlier; --retry-failed tries it again)"
+                self._records[job.name] = SceneRecord(job.name, job.uri, "quarantined", 0.0, reason, entry.error)
+                self._event(ledger.SCENE_QUARANTINED, scene=job.name, uri=job.uri, reason=entry.reason)
+            elif entry is not None and entry.state == "unfinished" and _died(past, str(entry.last.get("run_id"))):
+                suspects.append(_Visit(job, alone=self.label_alone is not None))
+            else:
+                waiting.append(_Visit(job))
+        waiting.extend(suspects)
+        return waiting
+
+    def _go(self, waiting: deque[_Visit]) -> None:
+        while waiting or self._under_way:
+            while waiting and self._may_begin(waiting[0]):
+                self._begin(waiting.popleft())
+            if not self._under_way and (not waiting or self._reason):
+                return
+            with contextlib.suppress(queue.Empty):
+                visit, found, seconds = self._ended.get(timeout=0.2)
+                if visit.job.name not in self._given_up:
+                    self._end(visit, found, seconds, waiting)
+            self._look_at_limits()
+
+    def _may_begin(self, visit: _Visit) -> bool:
+        under_way = len(self._under_way)
+        if self._reason or under_way >= self.limits.at_once(len(self.jobs)) or time.monotonic() < visit.not_before:
+            return False
+        if any(other.visit.alone for other in self._under_way.values()) or (visit.alone and under_way):
+            return False
+        if self.limits.max_scenes is not None and self._laboured() + under_way >= self.limits.max_scenes:
+            if not under_way:
+                self._reason = f"--max-scenes {self.limits.max_scenes} is reached"
+            return False
+        return True
+
+    def _laboured(self) -> int:
+        """Scenes that took work."""
+        return sum(record.state in ("done", "failed") for record in self._records.values())
+
+    def _begin(self, visit: _Visit) -> None:
+        job = visit.job
+        with self._lock:
+            self._under_way[job.name] = _UnderWay(visit, ledger.now(), time.monotonic())
+        self._event(ledger.SCENE_STARTED, scene=job.name, uri=job.uri, attempt=visit.attempt)
+        # Whoever labels may look for its context: a flow run of Prefect is one.
+        context = copy_context()
+        threading.Thread(target=context.run, args=(self._attempt, visit), name=job.name, daemon=True).start()
+
+    def _attempt(self, visit: _Visit) -> None:
+        """Runs in a thread of its own."""
+        began = time.monotonic()
+        label = self.label_alone if visit.alone and self.label_alone is not None else self.label
+        found: Outcome | Exception
+        try:
+            found = label(visit.job, self._progress)
+        except Exception as error:
+            found = error
+        self._ended.put((visit, found, time.monotonic() - began))
+
+    def _progress(self, name: str, done: int, total: int) -> None:
+        with self._lock:
+            if (scene := self._under_way.get(name)) is not None:
+                scene.done, scene.total = done, total
+        self.reporter.progress(name, done, total)
+
+    def _end(self, visit: _Visit, found: Outcome | Exception, seconds: float, waiting: deque[_Visit]) -> None:
+        job = visit.job
+        with self._lock:
+            del self._under_way[job.name]
+        if isinstance(found, StoppedError):
+            self._reason = self._reason or "stopped"
+            return
+        passing = isinstance(found, SegcoreError) and found.retryable and not isinstance(found, PoisonError)
+        if passing and self.retry and visit.attempt < ATTEMPTS and not self._reason:
+            pause = time.monotonic() + _PAUSE * visit.attempt
+            waiting.append(_Visit(job, visit.attempt + 1, pause, visit.alone))
+            return
+        self._settle(_record(job, found, seconds, visit.attempt))
+
+    def _settle(self, record: SceneRecord) -> None:
+        """A scene has ended: say so everywhere."""
+        with self._lock:
+            self._records[record.name] = record
+        fields: dict[str, Any] = {"scene": record.name, "uri": record.uri, "seconds": record.seconds}
+        if record.product:
+            fields["product"] = os.path.relpath(record.product, self.out)
+        if record.state == "done":
+            event = ledger.SCENE_DONE
+            fields |= {key: record.details[key] for key in ("tiles", "pixels", "classes")}
+        elif record.state == "up to date":
+            event = ledger.SCENE_UP_TO_DATE
+        else:
+            event = ledger.SCENE_QUARANTINED if record.state == "quarantined" else ledger.SCENE_FAILED
+            fields |= {"error": record.error, "reason": record.reason, "attempts": record.details.get("attempts", 1)}
+            fields["retryable"] = record.details.get("retryable", False)
+        self._event(event, **fields)
+        self.reporter.ended(record)
+
+    def _look_at_limits(self) -> None:
+        limits, records = self.limits, self._records.values()
+        if limits.scene_seconds is not None:
+            for scene in list(self._under_way.values()):
+                if time.monotonic() - scene.began > limits.scene_seconds + _GRACE:
+                    self._give_up(scene)
+        if self._reason:
+            return
+        if limits.stop_after is not None and time.monotonic() - self._began > limits.stop_after:
+            self._reason = f"--stop-after {limits.stop_after:g} s is reached"
+            self._drain_all()
+        ended = [record for record in records if record.state in ("done", "failed", "quarantined")]
+        failed = sum(record.state != "done" for record in ended)
+        if (
+            limits.max_failure_rate is not None
+            and len(ended) >= min(_ENOUGH, len(self.jobs))
+            and failed > limits.max_failure_rate * len(ended)
+        ):
+            self._reason = f"{failed} of {len(ended)} scenes failed, more than --max-failure-rate allows"
+            self._code = 1
+            self.warnings.append(f"{self._reason}; look at {ledger.FAILURES_FILE}: a wrong model or mount?")
+            self._drain_all()
+
+    def _give_up(self, scene: _UnderWay) -> None:
+        """A scene that hangs where no deadline reaches it: in a file, before its tiles or behind them."""
+        job, seconds = scene.visit.job, time.monotonic() - scene.began
+        with self._lock:
+            del self._under_way[job.name]
+        self._given_up.add(job.name)
+        reason = f"{job.uri} did not end in {seconds:.0f} s and hangs in a file; is its storage mounted?"
+        details = {"attempts": scene.visit.attempt, "retryable": True}
+        self._settle(SceneRecord(job.name, job.uri, "failed", round(seconds, 3), reason, "SceneError", details=details))
+
+    def _drain_all(self) -> None:
+        """End what is under way, and keep what it has finished."""
+        self.drain()
+        until = time.monotonic() + _DRAIN
+        while self._under_way and (left := until - time.monotonic()) > 0:
+            with contextlib.suppress(queue.Empty):
+                visit, found, seconds = self._ended.get(timeout=left)
+                self._end(visit, found, seconds, deque())
+
+    def _event(self, event: str, **fields: Any) -> None:
+        """Tell the ledger. Products do not depend on it, so that a failure is a warning."""
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            ledger.append(self.out / ledger.LEDGER_FILE, ledger.new_event(event, self.run_id, fields))
+        except (OSError, ProductError) as error:
+            self._warn(one_line(error))
+
+    def _warn(self, text: str) -> None:
+        if text not in self.warnings:
+            self.warnings.append(text)
+
+    def _summary(self, ended: bool) -> Summary:
+        seconds = time.monotonic() - self._began
+        with self._lock:
+            records = tuple(self._records[job.name] for job in self.jobs if job.name in self._records)
+        first = self.jobs[0]
+        described = {"model": first.model, "out": first.out, "settings": asdict(first.settings)}
+        return Summary(
+            self.run_id,
+            str(self.out),
+            self._started,
+            seconds,
+            records,
+            described,
+            len(self.jobs),
+            ended,
+            tuple(self.warnings),
+            self._reason,
+            self._code,
+        )
+
+    def _beat(self, over: threading.Event) -> None:
+        while not over.wait(_BEAT):
+            self._write_run()
+
+    def _write_run(self, ended: bool = False) -> None:
+        """Write the file of the run; products do not depend on it, so that a failure is a warning."""
+        summary = self._summary(ended)
+        with self._lock:
+            under_way = [
+                {"name": name, "done": scene.done, "total": scene.total, "since": scene.since}
+                for name, scene in self._under_way.items()
+            ]
+        now = ledger.now()
+        document = summary.to_json(_NAMED) | {
+            "segflow": version("segflow"),
+            "host": platform.node(),
+            "pid": os.getpid(),
+            "heartbeat": now,
+            "ended": now if ended else None,
+            "under_way": under_way,
+        }
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            write_json(self.out / ledger.RUN_FILE, document)
+        except (OSError, ValueError) as error:
+            self._warn(f"cannot write {self.out / ledger.RUN_FILE}: {one_line(error)}")
+
+    def _close(self) -> None:
+        """Write what is read in the morning."""
+        summary = self._summary(ended=True)
+        self._event(
+            ledger.RUN_ENDED,
+            exit_code=summary.exit_code,
+            seconds=round(summary.seconds, 3),
+            counts=summary.counts,
+            reason=self._reason,
+        )
+        self._write_run(ended=True)
+        known = ledger.Ledger(self.out / ledger.LEDGER_FILE)
+        with contextlib.suppress(SegcoreError, OSError):  # a disk that is full was warned of already
+            troubled = known.troubled()
+            if troubled:
+                ledger.write_failures(self.out / ledger.FAILURES_FILE, troubled)
+            else:
+                (self.out / ledger.FAILURES_FILE).unlink(missing_ok=True)
+
+
+def _died(past: ledger.Ledger, run_id: str) -> bool:
+    """Whether a run ended without saying so."""
+    run = past.runs.get(run_id)
+    return run is not None and not run.ended
+
+
+def _record(job: Job, found: Outcome | Exception, seconds: float, attempts: int) -> SceneRecord:
+    """What became of a scene."""
+    if isinstance(found, Outcome):
+        details = {
+            "tiles": found.tiles,
+            "tiles_kept": found.tiles_kept,
+            "windows": found.windows,
+            "pixels": found.pixels,
+            "engine": found.engine,
+            "classes": [share.to_json() for share in found.shares],
+            "warnings": list(found.warnings),
+        }
+        seconds = round(found.seconds, 3)
+        return SceneRecord(found.name, found.uri, found.state, seconds, product=found.product, details=details)
+    # A scene that meets a fault of segflow itself fails as any other does; the next one has its chance.
+    kind, reason = type(found).__name__, str(found)
+    details = {"attempts": attempts, "retryable": isinstance(found, SegcoreError) and found.retryable}
+    if not isinstance(found, SegcoreError):
+        reason = f"unexpected {kind}: {one_line(found)}; run.json has the details, please report this"
+        details |= {"traceback": "".join(traceback.format_exception(found))}
+    state = "quarantined" if isinstance(found, PoisonError) else "failed"
+    return SceneRecord(job.name, job.uri, state, round(seconds, 3), reason, kind, details=details)

@@ -1,0 +1,78 @@
+"""A crew: workers that are replaced when they are lost, and scenes that are labelled with them."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+
+from segcore.errors import ModelError, SegcoreError
+from segcore.execute import Workers
+from segcore.scene import Deadlines, Outcome, Progress, segment_scene
+from segcore.spec import Job
+
+
+class Crew:
+    """Labels scenes, several at once if several threads ask. A context manager.
+
+    `where`, `processes`: see `Workers`. Raises PlanError where there are none to begin with.
+    """
+
+    def __init__(self, where: str | None = None, processes: int = 0, deadlines: Deadlines | None = None) -> None:
+        self._where, self._processes = where, processes
+        self._deadlines = deadlines or Deadlines()
+        self._lock, self._draining = threading.Lock(), threading.Event()
+        self._workers = Workers(where, processes)
+        self._others: list[Workers] = []
+
+    @property
+    def in_this_process(self) -> bool:
+        """Whether a tile that kills its worker kills this process."""
+        return not self._workers.processes
+
+    def label(self, job: Job, progress: Progress) -> Outcome:
+        """Label one scene. Raises SegcoreError; when all workers were lost, the next scene finds others."""
+        workers = self._present()
+        try:
+            return segment_scene(job, workers, progress, self._deadlines)
+        except ModelError:
+            if workers.lost:
+                self._replace(workers)
+            raise
+
+    def label_alone(self, job: Job, progress: Progress) -> Outcome:
+        """Label one scene with a worker of its own, in a process of its own: it may have killed one."""
+        with Workers(None, 1) as workers:
+            with self._lock:
+                self._others.append(workers)
+                if self._draining.is_set():
+                    workers.drain()
+            try:
+                return segment_scene(job, workers, progress, self._deadlines)
+            finally:
+                with self._lock:
+                    self._others.remove(workers)
+
+    def drain(self) -> None:
+        """End all that is under way: what waits for tiles raises StoppedError."""
+        self._draining.set()
+        with self._lock:
+            for workers in (self._workers, *self._others):
+                workers.drain()
+
+    def _present(self) -> Workers:
+        with self._lock:
+            return self._workers
+
+    def _replace(self, lost: Workers) -> None:
+        with self._lock:
+            if self._workers is not lost or self._draining.is_set():
+                return
+            lost.close()
+            with contextlib.suppress(SegcoreError):  # the next scene will say so
+                self._workers = Workers(self._where, self._processes)
+
+    def __enter__(self) -> Crew:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._workers.close()
