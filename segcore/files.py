@@ -73,9 +73,9 @@ def sha256_of(path: Path) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file in one step: it is there whole, or as it was. Raises OSError.
+    r"""Write a file in one step: it is there whole, or as it was. Raises OSError.
 
-    Bytes of a file name that are no text are written as JSON would write them (`\\udc80`).
+    Bytes of a file name that are no text are written as JSON would write them (`\udc80`).
     """
     partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")
     try:

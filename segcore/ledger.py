@@ -189,7 +189,7 @@ class SceneEntry:
 
 @dataclass(frozen=True, slots=True)
 class RunEntry:
-    """What the ledger says of a run. `counts`: scenes by state; `ended` is empty while it runs and where it was killed."""
+    """What the ledger says of a run. `counts`: scenes by state; `ended`: empty while it runs, and where it was killed."""
 
     run_id: str
     started: str
@@ -246,7 +246,8 @@ class Ledger(Mapping[str, SceneEntry]):
 
     def follow(self) -> Iterator[Event]:
         """The same, event by event: each is taken in, and then handed out."""
-        for event, self._offset in _read_from(self.path, self._offset):
+        for event, end in _read_from(self.path, self._offset):
+            self._offset = end
             self._take(event)
             yield event
 

@@ -17,7 +17,7 @@ _STATES = ("done", "up to date", "failed", "quarantined", "waiting")
 
 
 def write_metrics(path: Path, run: Mapping[str, Any], totals: Totals) -> None:
-    """Write what the run (the content of `run.json`) and the ledger (its totals) say, in one step. Raises ProductError."""
+    """Write what a run (the content of `run.json`) and the ledger (its totals) say, in one step. Raises ProductError."""
     save_text(path, metrics_text(run, totals))
 
 
@@ -27,8 +27,9 @@ def metrics_text(run: Mapping[str, Any], totals: Totals) -> str:
     started, beat = seconds_of(run.get("started")), seconds_of(run.get("heartbeat"))
     ended, code = seconds_of(run.get("ended")), run.get("exit_code")
     under_way = run.get("under_way") or ()
+    what = {"version": run.get("segflow", ""), "model": run.get("model", "")}
     blocks = [
-        _block("info", "gauge", "What runs here.", [({"version": run.get("segflow", ""), "model": run.get("model", "")}, 1)]),
+        _block("info", "gauge", "What runs here.", [(what, 1)]),
         _block("scenes", "gauge", "Scenes of the last run, by state.",
                [({"state": state.replace(" ", "_")}, whole(counts.get(state))) for state in _STATES]),
         _block("scenes_under_way", "gauge", "Scenes that are being labelled.", [({}, len(under_way))]),

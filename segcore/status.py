@@ -90,7 +90,9 @@ def read_run(out: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ProductError(f"{out} holds no {RUN_FILE}: nothing was run there; name the --out folder of a run") from error
+        raise ProductError(
+            f"{out} holds no {RUN_FILE}: nothing was run there; name the --out folder of a run"
+        ) from error
     except (OSError, ValueError) as error:
         raise ProductError(f"{path} cannot be read ({error}); name the --out folder of a run") from error
     if not isinstance(document, dict) or "run_id" not in document:
@@ -104,10 +106,12 @@ def read_status(out: Path, at: float | None = None) -> Status:
     phase, age = _phase(run, moment)
     counts = {str(state): whole(count) for state, count in _mapping(run.get("counts")).items()}
     under_way = tuple(
-        UnderWay(str(scene.get("name", "")), whole(scene.get("done")), whole(scene.get("total")), str(scene.get("since", "")))
-        for scene in run.get("under_way") or ()
-        if isinstance(scene, dict)
-    )  # fmt: skip
+        UnderWay(
+            str(each.get("name", "")), whole(each.get("done")), whole(each.get("total")), str(each.get("since", ""))
+        )
+        for each in run.get("under_way") or ()
+        if isinstance(each, dict)
+    )
     recent = _Recent.of(out / LEDGER_FILE, str(run["run_id"]))
     total, ended = whole(run.get("total")), sum(count for state, count in counts.items() if state != "waiting")
     began = seconds_of(run.get("started"))
