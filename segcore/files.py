@@ -8,8 +8,9 @@ import re
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+from uuid import uuid4
 
-from segcore.errors import SceneError
+from segcore.errors import ProductError, SceneError
 
 #: Bytes of a product's name; file systems allow 255, and suffixes come behind it.
 LONGEST_NAME = 180
@@ -76,3 +77,29 @@ def sha256_of(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    r"""Write a file in one step: it is there whole, or as it was. Raises OSError.
+
+    Bytes of a file name that are no text are written as JSON would write them (`\udc80`).
+    """
+    partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(text.encode("utf-8", "backslashreplace"))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def save_text(path: Path, text: str) -> None:
+    """The same for what a person asked for. Raises ProductError, which says what to do."""
+    try:
+        write_text(path, text)
+    except OSError as error:
+        raise ProductError(
+            f"cannot write {path}: {error.strerror or error}; free some space or choose another --out", retryable=True
+        ) from error

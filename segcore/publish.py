@@ -15,12 +15,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 
 from segcore.errors import ProductError
-from segcore.files import sha256_of
+from segcore.files import sha256_of, write_text
 from segcore.io.scratch import Scratch
 from segcore.io.source import Legend, Source, sample_positions, slabs
 from segcore.io.stac import Asset, manifest_item
@@ -183,16 +182,7 @@ def publish(
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
     """Write a JSON file in one step: it is there whole, or as it was."""
-    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
-    partial = path.with_name(f".{path.name}.{uuid4().hex}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(f"{text}\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(path, f"{json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)}\n")
 
 
 def _move(files: list[Path], document: Path, manifest: Path) -> None:

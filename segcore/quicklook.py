@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from segcore.errors import ProductError
 from segcore.io.source import Floats, Labels, Legend
@@ -17,6 +19,10 @@ Pixels = NDArray[np.uint8]
 
 #: Longest side of a panel, in pixels.
 PANEL = 640
+#: Longest side of a thumbnail, in pixels: twice what a page shows, for fine screens.
+THUMBNAIL = 112
+#: Where in the quicklook the first cut under its mask lies (left, top, right, bottom), as a text of the PNG.
+_MASK_PANEL = "segflow:mask_panel"
 _GAP, _INK, _PAPER, _FAINT = 12, (35, 40, 48), (255, 255, 255), (110, 118, 128)
 
 
@@ -46,12 +52,32 @@ def draw_quicklook(path: Path, view: View, legend: Legend, fractions: Mapping[in
         colours[index] = rgb
     stretch = _Stretch.of(view)
     rows = [_slice_row(view, stretch, colours, legend, axis) for axis in _cuts(view)]
-    picture = _compose(rows, view, legend, fractions)
+    picture, panel = _compose(rows, view, legend, fractions)
+    facts = PngInfo()
+    facts.add_text(_MASK_PANEL, " ".join(map(str, panel)))
     try:
-        picture.save(path, optimize=True)
+        picture.save(path, optimize=True, pnginfo=facts)
     except OSError as error:
         raise ProductError(f"cannot write {path}: {error.strerror or error}", retryable=True) from error
     return path
+
+
+def draw_thumbnail(quicklook: Path) -> bytes:
+    """A small WebP of the mask over the image, from a quicklook (of the whole sheet where it was not drawn here).
+
+    Raises ProductError where there is no picture.
+    """
+    try:
+        with Image.open(quicklook) as picture:
+            picture.load()
+            box = [int(part) for part in getattr(picture, "text", {}).get(_MASK_PANEL, "").split()]
+            small = picture.crop((box[0], box[1], box[2], box[3])) if len(box) == 4 else picture.copy()
+        small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR, reducing_gap=2.0)
+        out = io.BytesIO()
+        small.convert("RGB").save(out, "WEBP", quality=62)
+    except (OSError, ValueError) as error:
+        raise ProductError(f"cannot draw a thumbnail of {quicklook}: {error}; segment the scene again") from error
+    return out.getvalue()
 
 
 def draw_comparison(
@@ -155,8 +181,13 @@ def _fit(pixels: Pixels, spacing: Sequence[float]) -> Image.Image:
     return Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR)
 
 
-def _compose(rows: list[list[Image.Image]], view: View, legend: Legend, fractions: Mapping[int, float]) -> Image.Image:
-    """Panels, title and legend on one sheet. The cuts of a volume stand side by side, the image above its mask."""
+def _compose(
+    rows: list[list[Image.Image]], view: View, legend: Legend, fractions: Mapping[int, float]
+) -> tuple[Image.Image, tuple[int, int, int, int]]:
+    """Panels, title and legend on one sheet, and where on it the mask of the first cut is.
+
+    The cuts of a volume stand side by side, the image above its mask.
+    """
     grid = rows if len(rows) == 1 else [list(column) for column in zip(*rows, strict=True)]
     if len(rows) > 1:
         height = PANEL // 2
@@ -175,11 +206,14 @@ def _compose(rows: list[list[Image.Image]], view: View, legend: Legend, fraction
     sheet = Image.new("RGB", (inner + 2 * _GAP, top + body + 30 * len(lines) + _GAP), _PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((_GAP, 12), view.title, fill=_INK, font=text)
-    y = top
+    y, place = top, (0, 0, 0, 0)
+    masked = grid[0][-1] if len(rows) == 1 else grid[-1][0]
     for row in grid:
         x = _GAP
         for panel in row:
             sheet.paste(panel, (x, y))
+            if panel is masked:
+                place = (x, y, x + panel.width, y + panel.height)
             x += panel.width + _GAP
         y += max(panel.height for panel in row) + _GAP
     for line in lines:
@@ -190,7 +224,7 @@ def _compose(rows: list[list[Image.Image]], view: View, legend: Legend, fraction
             draw.text((x + 30, y + 3), label, fill=_INK, font=small)
             x += widths[entry]
         y += 30
-    return sheet
+    return sheet, place
 
 
 def _wrap(widths: Sequence[int], limit: int) -> list[list[int]]:

@@ -13,6 +13,7 @@ FLOORS = {
     "flows": 6,
     "segcore.demo": 6,
     "segcore.crew": 5.5,
+    "segcore.report": 3.5,
     "segcore.scene": 5,
     "segcore.survey": 4.5,
     "segcore.execute": 4,
@@ -27,6 +28,9 @@ FLOORS = {
     "segcore.model": 2,
     "segcore.resample": 1.5,
     "segcore.plan": 1,
+    "segcore.metrics": 1,
+    "segcore.status": 1,
+    "segcore.ledger": 0.75,
     "segcore.files": 0.5,
     "segcore.grid": 0.5,
     "segcore.spec": 0.5,
@@ -38,8 +42,8 @@ FLOORS = {
 }
 HOMES = {
     "prefect": {"flows.segment", "flows.command"},
-    "typer": {"flows.command", "flows.models"},
-    "rich": {"flows.command", "flows.models", "flows.console"},
+    "typer": {"flows.command", "flows.models", "flows.reports"},
+    "rich": {"flows.command", "flows.models", "flows.console", "flows.reports"},
     "distributed": {"segcore.execute", "segcore.worker", "segcore.cluster"},
     "dask": {"segcore.cluster"},
     "yaml": {"segcore.cluster"},
@@ -54,8 +58,12 @@ HOMES = {
     "safetensors": {"segcore.model.archive", "segcore.model.pack"},
     "pydantic": {"segcore.model.card", "flows.segment"},
     "PIL": {"segcore.quicklook"},
+    "jinja2": {"segcore.report.page"},
 }
-PURE = {"segcore.errors", "segcore.files", "segcore.box", "segcore.grid", "segcore.spec", "segcore.plan"}
+PURE = {
+    f"segcore.{name}"
+    for name in ("errors", "files", "ledger", "status", "metrics", "box", "grid", "spec", "plan", "report.charts")
+}
 
 
 def modules() -> list[tuple[str, Path]]:
