@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from types import FrameType
 
 # Prefect reads these when it is first imported. Whoever sets them otherwise is obeyed.
@@ -17,16 +18,36 @@ for _name, _value in (
     os.environ.setdefault(_name, _value)
 
 
+#: Seconds in which a run that was told to stop has stopped; what hangs then is cut off, and loses its tiles.
+_LAST_SECONDS = 9.5
+
+
 def main() -> None:
-    """Entry point of `segflow`: a signal at any moment, from the first import on, ends it in good order."""
+    """Entry point of `segflow`: a signal at any moment, from the first import on, ends it in good order.
+
+    A second signal changes nothing: the first is being obeyed.
+    """
+    code = 0
 
     def stop(number: int, _frame: FrameType | None) -> None:
-        drained = number == signal.SIGTERM
+        nonlocal code
+        if code:
+            return
+        code = 75 if number == signal.SIGTERM else 130
+        late = threading.Timer(_LAST_SECONDS, os._exit, (code,))
+        late.daemon = True
+        late.start()
         print("stopped; run the same command again to go on", file=sys.stderr)
-        raise SystemExit(75 if drained else 130)
+        raise SystemExit(code)
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    from flows.command import command  # the slow part
+    try:
+        from flows.command import command  # the slow part
 
-    command()
+        command()
+    except BaseException as error:
+        # Whatever a library makes of the end of the run, it is the end of the run.
+        if code:
+            raise SystemExit(code) from error
+        raise

@@ -22,16 +22,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from flows.batch import Limits, SceneRecord, Summary
+from flows.batch import STOPPED, Limits, SceneRecord, State, Summary
 from flows.console import Reporter
 from segcore import ledger
 from segcore.errors import PoisonError, ProductError, SegcoreError, StoppedError, one_line
+from segcore.metrics import write_metrics
 from segcore.publish import write_json
+from segcore.report import write_report
 from segcore.scene import Outcome
 from segcore.spec import Job
 
-#: Exit code of a run that was stopped, by a signal or at a limit, before all was done.
-STOPPED = 75
 #: A scene whose fault may pass (storage was away, a worker lost) is tried so often, so many seconds apart.
 ATTEMPTS, _PAUSE = 3, 5.0
 #: Seconds between two heartbeats.
@@ -97,6 +97,7 @@ class Archive:
     _began: float = 0.0
     _begun: int = 0
     _reason: str = ""
+    _stopped: bool = False
     _code: int | None = None
 
     def run(self) -> Summary:
@@ -114,7 +115,7 @@ class Archive:
             self._code = summary.exit_code
         except BaseException as error:
             self._reason = "stopped by a signal" if isinstance(error, SystemExit | KeyboardInterrupt) else repr(error)
-            self._code = STOPPED
+            self._code, self._stopped = STOPPED, True
             self._drain_all()
             raise
         finally:
@@ -309,16 +310,15 @@ class Archive:
         while not over.wait(_BEAT):
             self._write_run()
 
-    def _write_run(self, ended: bool = False) -> None:
-        """Write the file of the run; products do not depend on it, so that a failure is a warning."""
-        summary = self._summary(ended)
+    def _document(self, ended: bool = False) -> dict[str, Any]:
+        """What `run.json` says."""
         with self._lock:
             under_way = [
                 {"name": name, "done": scene.done, "total": scene.total, "since": scene.since}
                 for name, scene in self._under_way.items()
             ]
         now = ledger.now()
-        document = summary.to_json(_NAMED) | {
+        return self._summary(ended).to_json(_NAMED) | {
             "segflow": version("segflow"),
             "host": platform.node(),
             "pid": os.getpid(),
@@ -326,9 +326,12 @@ class Archive:
             "ended": now if ended else None,
             "under_way": under_way,
         }
+
+    def _write_run(self, ended: bool = False) -> None:
+        """Write the file of the run; products do not depend on it, so that a failure is a warning."""
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            write_json(self.out / ledger.RUN_FILE, document)
+            write_json(self.out / ledger.RUN_FILE, self._document(ended))
         except (OSError, ValueError) as error:
             self._warn(f"cannot write {self.out / ledger.RUN_FILE}: {one_line(error)}")
 
@@ -350,6 +353,9 @@ class Archive:
                 ledger.write_failures(self.out / ledger.FAILURES_FILE, troubled)
             else:
                 (self.out / ledger.FAILURES_FILE).unlink(missing_ok=True)
+            if not self._stopped:  # whoever was told to stop has no time for it; `segflow report` writes it
+                write_metrics(self.out / ledger.METRICS_FILE, self._document(ended=True), known.totals)
+                write_report(self.out)
 
 
 def _died(past: ledger.Ledger, run_id: str) -> bool:
@@ -378,5 +384,5 @@ def _record(job: Job, found: Outcome | Exception, seconds: float, attempts: int)
     if not isinstance(found, SegcoreError):
         reason = f"unexpected {kind}: {one_line(found)}; run.json has the details, please report this"
         details |= {"traceback": "".join(traceback.format_exception(found))}
-    state = "quarantined" if isinstance(found, PoisonError) else "failed"
+    state: State = "quarantined" if isinstance(found, PoisonError) else "failed"
     return SceneRecord(job.name, job.uri, state, round(seconds, 3), reason, kind, details=details)

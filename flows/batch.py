@@ -117,7 +117,9 @@ class Summary:
 
     def to_json(self, most: int | None = None) -> dict[str, Any]:
         """The run with its scenes, at most so many of them, those with a fault first."""
-        scenes = sorted(self.records, key=lambda record: record.state in ("done", "up to date")) if most else self.records
+        scenes = self.records
+        if most is not None:
+            scenes = tuple(sorted(scenes, key=lambda record: record.state in ("done", "up to date"))[:most])
         return {
             "run_id": self.run_id,
             "started": self.started,
@@ -128,7 +130,7 @@ class Summary:
             "counts": self.counts,
             "warnings": list(self.warnings),
             **self.job,
-            "scenes": [asdict(record) for record in scenes[:most]],
+            "scenes": [asdict(record) for record in scenes],
         }
 
 

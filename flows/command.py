@@ -17,11 +17,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flows.batch import NOTHING_RUN, Summary, find_jobs, run_batch
+from flows.archive import Archive
+from flows.batch import NOTHING_RUN, Limits, find_jobs
 from flows.console import Reporter, reporting
 from flows.models import AsJson, models
+from flows.preview import preview
 from segcore.errors import PlanError, SegcoreError, one_line
-from segcore.spec import Job, Settings, format_bytes, in_words, parse_bytes, times
+from segcore.spec import Job, Settings, format_bytes, in_words, parse_bytes, parse_seconds, times
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -68,7 +70,20 @@ Scores = Annotated[bool, typer.Option("--scores", help="Write the score of every
 Bands = Annotated[str | None, typer.Option(help="Names of a raster's bands in file order, such as blue,green,red,nir.")]
 Scale = Annotated[float | None, typer.Option(help="Of a raster that carries none: value = stored x scale + offset.")]
 Offset = Annotated[float | None, typer.Option(help="See --scale.")]
-Cluster = Annotated[str | None, typer.Option(help="Address of a dask scheduler (tcp://...); default: this process.")]
+Cluster = Annotated[
+    str | None, typer.Option(help="Address of a dask scheduler (tcp://...), or a cluster file (.yaml); default: none.")
+]
+Processes = Annotated[
+    int | None,
+    typer.Option("--workers", min=0, help="Worker processes; 0: threads of this one. Default: 1, and 0 for one scene."),
+]
+MaxScenes = Annotated[int | None, typer.Option(help="Begin at most so many scenes that take work, then exit with 75.")]
+StopAfter = Annotated[str | None, typer.Option(help="Stop after so long, such as 6h, and exit with 75.")]
+MaxFailureRate = Annotated[float | None, typer.Option(help="Stop when more than this part of the scenes fails.")]
+TileTimeout = Annotated[str | None, typer.Option(help="Time that a tile is given, such as 10m; then its worker ends.")]
+SceneTimeout = Annotated[str | None, typer.Option(help="Time that the tiles of a scene are given, such as 4h.")]
+RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Try scenes that are quarantined again, too.")]
+ScenesAtOnce = Annotated[int | None, typer.Option(help="Scenes that are labelled side by side; default: 3.")]
 
 
 @app.command()
@@ -87,6 +102,15 @@ def run(
     scale: Scale = None,
     offset: Offset = None,
     cluster: Cluster = None,
+    workers: Processes = None,
+    max_scenes: MaxScenes = None,
+    stop_after: StopAfter = None,
+    max_failure_rate: MaxFailureRate = None,
+    tile_timeout: TileTimeout = None,
+    scene_timeout: SceneTimeout = None,
+    retry_failed: RetryFailed = False,
+    scenes_at_once: ScenesAtOnce = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
     prefect: Annotated[
         bool | None,
         typer.Option("--prefect/--no-prefect", help="Run as a Prefect flow; default: if a server is configured."),
@@ -96,22 +120,35 @@ def run(
     """Label scenes and write their masks.
 
     Exit code 0: every scene is done or up to date; 1: some failed, the others are done; 2: nothing was run; 75: stopped
-    by SIGTERM, run again to go on.
+    by SIGTERM or at a limit, run again to go on.
     """
+    limits = Limits(
+        max_scenes,
+        parse_seconds("--stop-after", stop_after) if stop_after is not None else None,
+        max_failure_rate,
+        parse_seconds("--tile-timeout", tile_timeout) if tile_timeout is not None else None,
+        parse_seconds("--scene-timeout", scene_timeout) if scene_timeout is not None else None,
+        retry_failed,
+        scenes_at_once,
+    )
     settings = _settings(memory, tile, mode, overlap, weights, tolerance, scores, bands, scale, offset)
+    jobs = find_jobs(scenes, model, out, settings)
+    if dry_run:
+        raise typer.Exit(preview(jobs, limits, as_json))
     as_flow = server_is_configured() if prefect is None else prefect
     with reporting(quiet=as_json) as reporter:
         if as_flow:
-            summary = _run_flow(scenes, model, out, settings, cluster, reporter)
+            summary = _run_flow(jobs, settings, cluster, workers, limits, reporter)
         else:
-            summary = _run_here(find_jobs(scenes, model, out, settings), cluster, reporter)
+            summary = _run_here(jobs, cluster, workers, limits, reporter)
     for warning in summary["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
     if as_json:
         print(json.dumps(summary, indent=2))
-    elif len(summary["scenes"]) > 1:
-        counts = ", ".join(f"{count} {state}" for state, count in summary["counts"].items())
-        print(f"{counts}; see {out}/run.json", file=sys.stderr)
+    elif summary["total"] > 1:
+        counts = ", ".join(f"{count} {state}" for state, count in summary["counts"].items() if count)
+        stopped = f"; {summary['reason']}, run the same command again to go on" if summary["reason"] else ""
+        print(f"{counts}{stopped}; see {out}/report.html", file=sys.stderr)
     raise typer.Exit(summary["exit_code"])
 
 
@@ -214,10 +251,11 @@ def demo(
     with reporting(quiet=False) as reporter:
         ran = []
         for scene, model in ((item, examples.CLOUD_MODEL), (volume, examples.BRAIN_MODEL)):
+            jobs = find_jobs([str(scene)], model, out, Settings())
             if prefect:
-                summary = _run_flow([str(scene)], model, out, Settings(), None, reporter)
+                summary = _run_flow(jobs, Settings(), None, None, Limits(), reporter)
             else:
-                summary = _run_here(find_jobs([str(scene)], model, out, Settings()), None, reporter)
+                summary = _run_here(jobs, None, None, Limits(), reporter)
             worst = max(worst, summary["exit_code"])
             ran += summary["scenes"]
         if worst == 0 and any(record["state"] == "done" for record in ran):
@@ -245,34 +283,59 @@ def server_is_configured() -> bool:
     return bool(PREFECT_API_URL.value())
 
 
-def _run_here(jobs: list[Job], cluster: str | None, reporter: Reporter) -> dict[str, Any]:
-    """Run the batch with the bare engine."""
-    from segcore.execute import Workers
-    from segcore.scene import segment_scene
+def processes_for(jobs: list[Job], cluster: str | None, workers: int | None, limits: Limits) -> int:
+    """Worker processes: none for one scene, which then starts at once; one where a tile must not take all with it."""
+    if cluster is not None:
+        if workers is not None:
+            raise PlanError("--workers are processes of this machine, and --cluster has its own; leave one of them out")
+        return 0
+    ended_by_force = limits.tile_seconds is not None or limits.scene_seconds is not None
+    if workers is None:
+        return int(len(jobs) > 1 or ended_by_force)
+    if workers == 0 and ended_by_force:
+        raise PlanError("--tile-timeout and --scene-timeout end worker processes; use --workers 1, or leave them out")
+    return workers
 
-    with Workers(cluster) as workers:
-        summary: Summary = run_batch(jobs, lambda job: segment_scene(job, workers, reporter.progress), reporter.ended)
-    return summary.to_json()
+
+def _run_here(
+    jobs: list[Job], cluster: str | None, workers: int | None, limits: Limits, reporter: Reporter
+) -> dict[str, Any]:
+    """Run the archive with the bare engine."""
+    from segcore.crew import Crew
+
+    with Crew(cluster, processes_for(jobs, cluster, workers, limits), limits.deadlines) as crew:
+        alone = crew.label_alone if crew.in_this_process else None
+        command = " ".join(sys.argv[1:])
+        archive = Archive(jobs, crew.label, crew.drain, reporter, limits, label_alone=alone, command=command)
+        return archive.run().to_json()
 
 
 def _run_flow(
-    scenes: list[str], model: str, out: str, settings: Settings, cluster: str | None, reporter: Reporter
+    jobs: list[Job], settings: Settings, cluster: str | None, workers: int | None, limits: Limits, reporter: Reporter
 ) -> dict[str, Any]:
-    """Run the batch as a Prefect flow, on the configured server or on the embedded one."""
-    jobs = find_jobs(scenes, model, out, settings)
+    """Run the archive as a Prefect flow, on the configured server or on the embedded one."""
+    processes = processes_for(jobs, cluster, workers, limits)
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
     where = os.environ.get("PREFECT_API_URL") if server_is_configured() else None
     reporter.note(f"flow        {where or 'on the embedded Prefect server, which takes 10 to 25 seconds to start'}")
     from flows.segment import segment
 
-    parameters = asdict(settings)
+    parameters = asdict(settings) | asdict(limits)
     parameters["memory"] = str(settings.memory) if settings.memory else None
     parameters["bands"] = list(settings.bands) if settings.bands else None
+    for wanted, given in (
+        ("stop_after", "stop_after"),
+        ("tile_timeout", "tile_seconds"),
+        ("scene_timeout", "scene_seconds"),
+    ):
+        seconds = parameters.pop(given)
+        parameters[wanted] = None if seconds is None else f"{seconds:g}s"
     state = segment(
         scenes=[job.uri for job in jobs],
         model=jobs[0].model,
         out=jobs[0].out,
         cluster=cluster,
+        workers=processes,
         **parameters,
         return_state=True,
     )

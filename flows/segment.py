@@ -15,14 +15,19 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
+from prefect.utilities.annotations import quote
 from pydantic import Field
 
-from flows.batch import SceneRecord, Summary, find_jobs, run_batch
+from flows.archive import Archive
+from flows.batch import Limits, SceneRecord, Summary, find_jobs
 from flows.console import Lines, current_reporter, report_to
+from segcore.crew import Crew
 from segcore.errors import SegcoreError
-from segcore.execute import Workers
-from segcore.scene import Outcome, segment_scene
-from segcore.spec import Job, Settings, parse_bytes
+from segcore.scene import Outcome, Progress
+from segcore.spec import Job, Settings, parse_bytes, parse_seconds
+
+#: Scenes of a run that are tasks of their own; of more, a server keeps too many.
+MOST_TASKS = 1000
 
 
 def _may_help(_task: object, _run: TaskRun, state: State[Any]) -> bool:
@@ -46,10 +51,9 @@ def _may_help(_task: object, _run: TaskRun, state: State[Any]) -> bool:
     persist_result=False,
     log_prints=False,
 )
-def label_scene(name: str, job: dict[str, Any], workers: Workers) -> Outcome:
-    """Label one scene (`job`: the fields of a Job). Raises SegcoreError."""
-    reporter = current_reporter() or Lines()
-    return segment_scene(_job(job), workers, reporter.progress)
+def label_scene(name: str, job: dict[str, Any], crew: Any, progress: Any) -> Outcome:
+    """Label one scene (`job`: the fields of a Job; `crew` labels it, `progress` hears). Raises SegcoreError."""
+    return crew.label(_job(job), progress)
 
 
 def _name_of_run() -> str:
@@ -79,7 +83,21 @@ def segment(
     bands: Annotated[list[str] | None, Field(description="Names of the bands of a raster, in file order")] = None,
     scale: Annotated[float | None, Field(description="Physical value = stored x scale + offset")] = None,
     offset: float | None = None,
-    cluster: Annotated[str | None, Field(description="Address of a dask scheduler; default: this process")] = None,
+    cluster: Annotated[
+        str | None, Field(description="Address of a dask scheduler, or a cluster file (.yaml); default: none")
+    ] = None,
+    workers: Annotated[
+        int, Field(ge=0, description="Worker processes of this machine; 0: threads of the flow's own process")
+    ] = 0,
+    max_scenes: Annotated[int | None, Field(ge=1, description="Begin at most so many scenes that take work")] = None,
+    stop_after: Annotated[str | None, Field(description="Stop after so long, such as 6h; the next run goes on")] = None,
+    max_failure_rate: Annotated[
+        float | None, Field(ge=0, le=1, description="Stop when more than this part of the scenes fails")
+    ] = None,
+    tile_timeout: Annotated[str | None, Field(description="Time that a tile is given, such as 10m")] = None,
+    scene_timeout: Annotated[str | None, Field(description="Time that the tiles of a scene are given, as 4h")] = None,
+    retry_failed: Annotated[bool, Field(description="Try scenes that are quarantined again")] = False,
+    scenes_at_once: Annotated[int | None, Field(ge=1, description="Scenes that are labelled side by side")] = None,
 ) -> State[Any]:
     """Label every scene with a model and write the masks on the scenes' own grids.
 
@@ -98,21 +116,38 @@ def segment(
             scale=scale,
             offset=offset,
         )
+        limits = Limits(
+            max_scenes,
+            parse_seconds("stop_after", stop_after) if stop_after else None,
+            max_failure_rate,
+            parse_seconds("tile_timeout", tile_timeout) if tile_timeout else None,
+            parse_seconds("scene_timeout", scene_timeout) if scene_timeout else None,
+            retry_failed,
+            scenes_at_once,
+        )
         jobs = find_jobs(scenes, model, out, settings)
-        summary = _label(jobs, cluster)
+        summary = _label(jobs, cluster, workers, limits)
     except SegcoreError as error:
         return Failed(message=str(error))
     _publish_table(summary)
-    failed = summary.count("failed")
-    if failed:
-        return Failed(message=f"{failed} of {len(summary.records)} scenes failed; see the table and {out}/run.json")
-    return Completed(message=f"{summary.count('done')} done, {summary.count('up to date')} up to date")
+    if summary.failed:
+        return Failed(message=f"{summary.failed} of {summary.total} scenes failed; see the table and {out}/report.html")
+    counts = ", ".join(f"{count} {state}" for state, count in summary.counts.items() if count)
+    return Completed(message=f"{counts}{f'; {summary.reason}' if summary.reason else ''}")
 
 
-def _label(jobs: list[Job], cluster: str | None) -> Summary:
-    with report_to(current_reporter() or _Logged()) as reporter, Workers(cluster) as workers:
-        summary = run_batch(jobs, lambda job: label_scene(job.name, asdict(job), workers), reporter.ended)
-        reporter.summary = summary
+def _label(jobs: list[Job], cluster: str | None, workers: int, limits: Limits) -> Summary:
+    with report_to(current_reporter() or _Logged()) as reporter, Crew(cluster, workers, limits.deadlines) as crew:
+        as_tasks = {job.name for job in jobs[:MOST_TASKS]}
+
+        def label(job: Job, progress: Progress) -> Outcome:
+            if job.name in as_tasks:
+                return label_scene(job.name, asdict(job), quote(crew), quote(progress))
+            return crew.label(job, progress)
+
+        alone = crew.label_alone if crew.in_this_process else None
+        archive = Archive(jobs, label, crew.drain, reporter, limits, label_alone=alone, command="Prefect flow run")
+        summary = reporter.summary = archive.run()
     return summary
 
 

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self, TypeVar
 
@@ -188,9 +187,9 @@ def _segment(
             raise
         _empty(prospect.hidden)
     if kept == 0:
-        computed = plan.work * prod(plan.canvas)
-        whole = time.perf_counter() - began - (labelled - prepared)
-        remember(prospect.speed_key, Speed((labelled - prepared) / computed, whole / source.grid.size))
+        rest = time.perf_counter() - began - (labelled - prepared)
+        speed = Speed((labelled - prepared) / prospect.computed, rest / source.grid.size)
+        remember(prospect.speed_key, speed)
     return Outcome(
         "done",
         source.name,

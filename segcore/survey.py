@@ -8,6 +8,7 @@ import json
 import platform
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,11 @@ class Prospect:
     def speed(self) -> Speed | None:
         """How fast this model was on this machine when it last ran."""
         return recall(self.speed_key)
+
+    @property
+    def computed(self) -> float:
+        """Pixels that the network computes."""
+        return self.plan.work * prod(self.plan.canvas)
 
     @property
     def disk(self) -> tuple[int, int]:

@@ -34,7 +34,6 @@ FLOORS = {
     "segcore.files": 0.5,
     "segcore.grid": 0.5,
     "segcore.spec": 0.5,
-    "segcore.ledger": 0.8,
     "segcore.speed": 0.6,
     "segcore.box": 0,
     "segcore.errors": 0,

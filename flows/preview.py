@@ -1,0 +1,108 @@
+"""What a run would do: every scene new, changed, up to date or refused, and what the work comes to. Does nothing."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from flows.batch import ALL_DONE, SOME_FAILED, Limits
+from segcore.errors import SegcoreError
+from segcore.ledger import LEDGER_FILE, Ledger
+from segcore.publish import is_current, manifest_path
+from segcore.spec import Job, format_bytes, format_seconds
+from segcore.survey import survey
+
+Prospects = Literal["new", "changed", "up to date", "quarantined", "refused"]
+
+
+@dataclass(frozen=True, slots=True)
+class Foreseen:
+    """What a run would make of a scene. `seconds`: None where this model has not run on this machine before."""
+
+    name: str
+    uri: str
+    state: Prospects
+    tiles: int = 0
+    pixels: int = 0
+    memory: int = 0
+    scratch: int = 0
+    product: int = 0
+    seconds: float | None = None
+    reason: str = ""
+
+
+def preview(jobs: Sequence[Job], limits: Limits, as_json: bool) -> int:
+    """Print what a run would do. Returns the exit code: 1 where a scene would be refused."""
+    ledger = Ledger(Path(jobs[0].out) / LEDGER_FILE)
+    found = []
+    for job in jobs:
+        entry = ledger.get(job.name)
+        if entry is not None and entry.state == "quarantined" and not limits.retry_failed:
+            found.append(Foreseen(job.name, job.uri, "quarantined", reason=entry.reason))
+        else:
+            found.append(foresee(job))
+        if not as_json:
+            print(_line(found[-1]))
+    work = [scene for scene in found if scene.state in ("new", "changed")]
+    totals = {
+        "counts": dict(Counter(scene.state for scene in found)),
+        "tiles": sum(scene.tiles for scene in work),
+        "pixels": sum(scene.pixels for scene in work),
+        "memory": max((scene.memory for scene in work), default=0),
+        "scratch": max((scene.scratch for scene in work), default=0),
+        "product": sum(scene.product for scene in work),
+        "seconds": _seconds(work),
+    }
+    if as_json:
+        print(json.dumps({**totals, "scenes": [asdict(scene) for scene in found]}, indent=2))
+    else:
+        for line in _closing(totals, work):
+            print(line)
+    return SOME_FAILED if any(scene.state == "refused" for scene in found) else ALL_DONE
+
+
+def foresee(job: Job) -> Foreseen:
+    """What a run would make of one scene; reads headers only."""
+    try:
+        prospect = survey(job)
+    except SegcoreError as error:
+        return Foreseen(job.name, job.uri, "refused", reason=str(error))
+    plan, grid = prospect.plan, prospect.source.grid
+    manifest = manifest_path(Path(job.out).absolute(), job.name)
+    if is_current(manifest, prospect.fingerprint):
+        return Foreseen(job.name, job.uri, "up to date", pixels=grid.size)
+    scratch, product = prospect.disk
+    speed = prospect.speed
+    seconds = None if speed is None else round(speed.predict(prospect.computed, grid.size), 1)
+    state: Prospects = "changed" if manifest.exists() else "new"
+    return Foreseen(job.name, job.uri, state, len(plan), grid.size, plan.memory, scratch, product, seconds)
+
+
+def _seconds(work: Sequence[Foreseen]) -> float | None:
+    """What all of them take; None unless it is known of each."""
+    known = [scene.seconds for scene in work if scene.seconds is not None]
+    return round(sum(known), 1) if len(known) == len(work) else None
+
+
+def _line(scene: Foreseen) -> str:
+    told = scene.reason or (f"{scene.tiles} tiles, {scene.pixels / 1e6:.4g} megapixels" if scene.tiles else "")
+    return f"{scene.state:12}{scene.name}{f': {told}' if told else ''}"
+
+
+def _closing(totals: dict[str, object], work: Sequence[Foreseen]) -> Iterator[str]:
+    counts = totals["counts"]
+    assert isinstance(counts, dict)
+    yield ", ".join(f"{count} {state}" for state, count in counts.items())
+    if work:
+        pixels = sum(scene.pixels for scene in work)
+        yield f"{totals['tiles']} tiles, {pixels / 1e6:.4g} megapixels, one scene after the other"
+        most, scratch = (max(getattr(scene, key) for scene in work) for key in ("memory", "scratch"))
+        product = sum(scene.product for scene in work)
+        sizes = format_bytes(most), format_bytes(scratch), format_bytes(product)
+        yield f"at most {sizes[0]} of memory, {sizes[1]} of scratch, {sizes[2]} of products"
+        seconds = _seconds(work)
+        yield "time: not known, this model has not run here" if seconds is None else f"time: {format_seconds(seconds)}"
