@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from flows import reports
 from flows.batch import NOTHING_RUN, Summary, find_jobs, run_batch
 from flows.console import Reporter, reporting
 from flows.models import AsJson, models
@@ -30,6 +31,8 @@ app = typer.Typer(
     help="Label every pixel of images of any size with a U-Net, in tiles that leave no seam.",
 )
 app.add_typer(models, name="model")
+app.command()(reports.report)
+app.command()(reports.status)
 
 
 class ModeName(StrEnum):

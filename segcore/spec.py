@@ -36,6 +36,14 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * scale)
 
 
+def format_seconds(seconds: float) -> str:
+    """A duration as a person says it: `42 s`, `7 min`, `3 h 12 min`."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
 def format_bytes(count: float) -> str:
     """`9.7 GiB` and the like."""
     for unit in ("B", "KiB", "MiB"):

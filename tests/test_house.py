@@ -37,7 +37,7 @@ FLOORS = {
 HOMES = {
     "prefect": {"flows.segment", "flows.command"},
     "typer": {"flows.command", "flows.models", "flows.reports"},
-    "rich": {"flows.command", "flows.models", "flows.console", "flows.reports"},
+    "rich": {"flows.command", "flows.models", "flows.console"},
     "distributed": {"segcore.execute"},
     "dask": set(),
     "psutil": {"segcore.execute"},
