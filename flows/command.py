@@ -17,11 +17,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from flows import reports
 from flows.archive import Archive
 from flows.batch import NOTHING_RUN, Limits, find_jobs
 from flows.console import Reporter, reporting
 from flows.models import AsJson, models
 from flows.preview import preview
+from flows.servers import servers
 from segcore.errors import PlanError, SegcoreError, one_line
 from segcore.spec import Job, Settings, format_bytes, in_words, parse_bytes, parse_seconds, times
 
@@ -32,6 +34,9 @@ app = typer.Typer(
     help="Label every pixel of images of any size with a U-Net, in tiles that leave no seam.",
 )
 app.add_typer(models, name="model")
+app.add_typer(servers, name="prefect")
+app.command()(reports.report)
+app.command()(reports.status)
 
 
 class ModeName(StrEnum):

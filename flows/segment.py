@@ -5,13 +5,17 @@ Prefect keeps no cache of scenes: whether a product is up to date is decided by 
 
 # Annotations are real here, not texts: Prefect makes a form of them, also in processes that get this module pickled.
 import contextlib
-from collections.abc import Sequence
+import logging
+import os
+import platform
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
+from uuid import UUID
 
 from prefect import flow, get_run_logger, task
-from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
@@ -19,8 +23,10 @@ from prefect.utilities.annotations import quote
 from pydantic import Field
 
 from flows.archive import Archive
+from flows.artifacts import Bars, Showcase
 from flows.batch import Limits, SceneRecord, Summary, find_jobs
-from flows.console import Lines, current_reporter, report_to
+from flows.console import Lines, Reporter, current_reporter, report_to
+from flows.servers import HOST, PROCESS
 from segcore.crew import Crew
 from segcore.errors import SegcoreError
 from segcore.scene import Outcome, Progress
@@ -125,11 +131,11 @@ def segment(
             retry_failed,
             scenes_at_once,
         )
+        _claim()
         jobs = find_jobs(scenes, model, out, settings)
         summary = _label(jobs, cluster, workers, limits)
     except SegcoreError as error:
         return Failed(message=str(error))
-    _publish_table(summary)
     if summary.failed:
         return Failed(message=f"{summary.failed} of {summary.total} scenes failed; see the table and {out}/report.html")
     counts = ", ".join(f"{count} {state}" for state, count in summary.counts.items() if count)
@@ -137,7 +143,11 @@ def segment(
 
 
 def _label(jobs: list[Job], cluster: str | None, workers: int, limits: Limits) -> Summary:
-    with report_to(current_reporter() or _Logged()) as reporter, Crew(cluster, workers, limits.deadlines) as crew:
+    with (
+        report_to(_Shown(current_reporter() or _Logged())) as reporter,
+        _log_of_engine(),
+        Crew(cluster, workers, limits.deadlines) as crew,
+    ):
         as_tasks = {job.name for job in jobs[:MOST_TASKS]}
 
         def label(job: Job, progress: Progress) -> Outcome:
@@ -146,8 +156,12 @@ def _label(jobs: list[Job], cluster: str | None, workers: int, limits: Limits) -
             return crew.label(job, progress)
 
         alone = crew.label_alone if crew.in_this_process else None
-        archive = Archive(jobs, label, crew.drain, reporter, limits, label_alone=alone, command="Prefect flow run")
-        summary = reporter.summary = archive.run()
+        archive = Archive(
+            jobs, label, crew.drain, reporter, limits, label_alone=alone, retry=False, command="a Prefect flow run"
+        )
+        summary = archive.run()
+        reporter.summary = summary
+        reporter.showcase.table(summary)
     return summary
 
 
@@ -158,26 +172,60 @@ class _Logged(Lines):
         get_run_logger().info(text)
 
 
-def _publish_table(summary: Summary) -> None:
-    """The run as a table artifact; a server that does not take it is no reason for the run to fail."""
-    with contextlib.suppress(Exception):
-        create_table_artifact(
-            key="segflow-run",
-            table=[_row(record) for record in summary.records],
-            description=f"{len(summary.records)} scenes into {summary.out}",
-        )
+class _Shown:
+    """A reporter that also shows what it hears as artifacts and events."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter, self._bars, self.showcase = reporter, Bars(), Showcase()
+
+    @property
+    def summary(self) -> Summary | None:
+        return self._reporter.summary
+
+    @summary.setter
+    def summary(self, summary: Summary | None) -> None:
+        self._reporter.summary = summary
+
+    def progress(self, name: str, done: int, total: int) -> None:
+        self._reporter.progress(name, done, total)
+        self._bars(name, done, total)
+
+    def ended(self, record: SceneRecord) -> None:
+        self._reporter.ended(record)
+        self.showcase.show(record)
+
+    def note(self, text: str) -> None:
+        self._reporter.note(text)
 
 
-def _row(record: SceneRecord) -> dict[str, Any]:
-    shares: Sequence[dict[str, Any]] = record.details.get("classes", ())
-    return {
-        "scene": record.name,
-        "state": record.state,
-        "seconds": record.seconds,
-        "tiles": record.details.get("tiles", ""),
-        "classes": ", ".join(f"{share['name']} {share['fraction']:.1%}" for share in shares),
-        "reason": record.reason,
-    }
+@contextlib.contextmanager
+def _log_of_engine() -> Iterator[None]:
+    """What the engine logs, in this process and on workers, goes into the log of the flow run."""
+    logger, theirs = logging.getLogger("segcore"), get_run_logger()
+
+    class Passing(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            theirs.log(record.levelno, record.getMessage())
+
+    handler = Passing()
+    logger.addHandler(handler)
+    level, logger.level = logger.level, min(logger.level or logging.INFO, logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def _claim() -> None:
+    """Say on the flow run which process it is, so that `segflow prefect close-dead` knows when it is gone."""
+    if (run_id := flow_run.id) is None:
+        return
+    with contextlib.suppress(Exception), get_client(sync_client=True) as client:
+        found = client.read_flow_run(UUID(run_id))
+        mine = {f"{HOST}{platform.node()}", f"{PROCESS}{os.getpid()}"}
+        others = {tag for tag in found.tags if not tag.startswith((HOST, PROCESS))}
+        client.update_flow_run(found.id, tags=sorted(others | mine))
 
 
 def _job(fields: dict[str, Any]) -> Job:

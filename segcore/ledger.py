@@ -189,7 +189,7 @@ class SceneEntry:
 
 @dataclass(frozen=True, slots=True)
 class RunEntry:
-    """What the ledger says of a run. `counts`: scenes by state; `ended`: empty while it runs, and where it was killed."""
+    """What the ledger says of a run. `counts`: scenes by state; `ended`: empty while it runs or where it was killed."""
 
     run_id: str
     started: str
@@ -303,5 +303,15 @@ def write_failures(path: Path, entries: Iterable[SceneEntry]) -> None:
 
 
 def whole(value: object) -> int:
-    """A whole number of an event; 0 where there is none."""
+    """A whole number of a document; 0 where there is none."""
     return int(value) if isinstance(value, int | float) and value == value else 0
+
+
+def number(value: object) -> float | None:
+    """A number of a document; None where there is none."""
+    return float(value) if isinstance(value, int | float) and value == value else None
+
+
+def mapping(value: object) -> Mapping[str, Any]:
+    """An object of a document; an empty one where there is none."""
+    return value if isinstance(value, dict) else {}

@@ -17,7 +17,7 @@ _STATES = ("done", "up to date", "failed", "quarantined", "waiting")
 
 
 def write_metrics(path: Path, run: Mapping[str, Any], totals: Totals) -> None:
-    """Write what a run (the content of `run.json`) and the ledger (its totals) say, in one step. Raises ProductError."""
+    """Write what a run (the content of `run.json`) and the ledger (its totals) say, at once. Raises ProductError."""
     save_text(path, metrics_text(run, totals))
 
 

@@ -20,6 +20,8 @@ from segcore.ledger import (
     SCENE_FAILED,
     STATES,
     SceneEntry,
+    mapping,
+    number,
     read_back,
     seconds_of,
     whole,
@@ -104,7 +106,7 @@ def read_status(out: Path, at: float | None = None) -> Status:
     """How the last run into `out` stands, at a time in seconds since 1970 (now). Raises ProductError where none was."""
     run, moment = read_run(out), time.time() if at is None else at
     phase, age = _phase(run, moment)
-    counts = {str(state): whole(count) for state, count in _mapping(run.get("counts")).items()}
+    counts = {str(state): whole(count) for state, count in mapping(run.get("counts")).items()}
     under_way = tuple(
         UnderWay(
             str(each.get("name", "")), whole(each.get("done")), whole(each.get("total")), str(each.get("since", ""))
@@ -116,7 +118,7 @@ def read_status(out: Path, at: float | None = None) -> Status:
     total, ended = whole(run.get("total")), sum(count for state, count in counts.items() if state != "waiting")
     began = seconds_of(run.get("started"))
     last = moment if phase == "running" else moment - age if age is not None else moment
-    seconds = _number(run.get("seconds"))
+    seconds = number(run.get("seconds")) or 0.0
     if phase != "ended" and began is not None:
         seconds = max(seconds, last - began)
     partly = sum(scene.done / scene.total for scene in under_way if scene.total)
@@ -215,11 +217,3 @@ class _Recent:
         if first is None or moment <= first or len(self.ends) + partly < 1:
             return None
         return round(max(0.0, scenes - partly) * (moment - first) / (len(self.ends) + partly), 1)
-
-
-def _mapping(value: object) -> Mapping[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, int | float) else 0.0

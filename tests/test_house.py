@@ -40,9 +40,9 @@ FLOORS = {
     "segcore": 0,
 }
 HOMES = {
-    "prefect": {"flows.segment", "flows.command"},
-    "typer": {"flows.command", "flows.models", "flows.reports"},
-    "rich": {"flows.command", "flows.models", "flows.console", "flows.reports"},
+    "prefect": {"flows.segment", "flows.artifacts", "flows.servers", "flows.command"},
+    "typer": {"flows.command", "flows.models", "flows.reports", "flows.servers"},
+    "rich": {"flows.command", "flows.models", "flows.console"},
     "distributed": {"segcore.execute", "segcore.worker", "segcore.cluster"},
     "dask": {"segcore.cluster"},
     "yaml": {"segcore.cluster"},

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 #: Size of the drawings in their own units; the page scales them.
 WIDTH, PANEL_HEIGHT = 720.0, 132.0
 #: At most so many steps along the time axis, and so many runs side by side.
-STEPS, RUNS = 90, 45
+STEPS, RUNS, FEWEST_RUNS = 90, 45, 20
 _TICK_SECONDS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86400)
 
 
@@ -42,11 +42,13 @@ class Bar:
 
 
 def nice_top(highest: float) -> float:
-    """The round number at or above the highest: 1, 2 or 5 times a power of ten."""
+    """A round number at or just above the highest."""
     if highest <= 0:
         return 1.0
     power = 10.0 ** math.floor(math.log10(highest))
-    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= highest * (1 - 1e-9))
+    return next(
+        factor * power for factor in (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10) if factor * power >= highest * (1 - 1e-9)
+    )
 
 
 def time_ticks(began: float, ended: float, width: float = WIDTH) -> list[Tick]:
@@ -93,14 +95,19 @@ def spread(works: Iterable[tuple[float, float, float]], began: float, ended: flo
     return [amount / width for amount in amounts]
 
 
-def bars(values: Sequence[float], top: float, *, floor: Sequence[float] = (), gap: float = 1.0) -> list[Bar]:
-    """Bars side by side over the whole width; with `floor`, each stands on the bar of that value."""
-    slot = WIDTH / max(len(values), 1)
+def bars(
+    values: Sequence[float], top: float, *, floor: Sequence[float] = (), gap: float = 1.0, slots: int = 0
+) -> list[Bar]:
+    """Bars side by side that end at the right; with `floor`, each stands on a bar of that value.
+
+    Where there are fewer than `slots`, there is room for that many, and the left stays empty.
+    """
+    slot = WIDTH / max(len(values), slots, 1)
     out = []
     for n, value in enumerate(values):
-        base = floor[n] if floor else 0.0
+        base, x = floor[n] if floor else 0.0, WIDTH - (len(values) - n) * slot
         y = _height(base + value, top)
-        out.append(Bar(n * slot + gap / 2, y, max(slot - gap, 0.5), _height(base, top) - y, value))
+        out.append(Bar(x + gap / 2, y, max(slot - gap, 0.5), _height(base, top) - y, value))
     return out
 
 

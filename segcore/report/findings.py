@@ -21,6 +21,8 @@ from segcore.ledger import (
     RunEntry,
     SceneEntry,
     State,
+    mapping,
+    number,
     seconds_of,
     whole,
 )
@@ -84,7 +86,7 @@ class End:
 
 @dataclass(frozen=True, slots=True)
 class ClassTotal:
-    """What all products together hold of a class: m2 or ml, and its share of the valid pixels (0 to 1)."""
+    """What all products together hold of a class: m2 or ml, and its share (0 to 1)."""
 
     name: str
     color: str
@@ -145,7 +147,7 @@ class _Ends:
         run_id = str(event.get("run_id", ""))
         if run_id not in self._runs and len(self._runs) == _RUNS_KEPT:
             del self._runs[next(iter(self._runs))]
-        end = End(time, state, whole(event.get("pixels")), _number(event.get("seconds")) or 0.0)
+        end = End(time, state, whole(event.get("pixels")), number(event.get("seconds")) or 0.0)
         self._runs.setdefault(run_id, []).append(end)
 
     def of(self, run_id: str) -> tuple[End, ...]:
@@ -169,9 +171,9 @@ def _row(out: Path, name: str, entry: SceneEntry | None) -> Row:
     made = entry.made if entry else None
     path = _inside(out, entry.product) if entry and entry.product else manifest_path(out, name)
     document = (read_manifest(path) if path else None) or {}
-    facts = _mapping(document.get("properties"))
+    facts = mapping(document.get("properties"))
     if entry is None:
-        source = str(_mapping(facts.get("segflow:input")).get("uri", ""))
+        source = str(mapping(facts.get("segflow:input")).get("uri", ""))
         row = Row(name, source, "done", seconds_of(facts.get("created")))
     else:
         row = Row(
@@ -180,18 +182,18 @@ def _row(out: Path, name: str, entry: SceneEntry | None) -> Row:
         )  # fmt: skip
     if not document:
         return row
-    spent = _mapping(facts.get("segflow:seconds"))
-    seconds = _number((made or {}).get("seconds")) or (_number(spent.get("prepare")) or 0) + (
-        _number(spent.get("label")) or 0
+    spent = mapping(facts.get("segflow:seconds"))
+    seconds = number((made or {}).get("seconds")) or (number(spent.get("prepare")) or 0) + (
+        number(spent.get("label")) or 0
     )
     held = [share for share in facts.get("segflow:classes") or () if isinstance(share, dict)]
-    valid = _number(facts.get("segflow:valid_fraction")) or 1.0
+    valid = number(facts.get("segflow:valid_fraction")) or 1.0
     pixels = whole((made or {}).get("pixels")) or round(sum(whole(share.get("pixels")) for share in held) / valid)
     unit = next((unit for unit in ("area_m2", "volume_ml") if held and unit in held[0]), "")
     colors = _colors(document)
     assert path is not None
     folder = path.parent.relative_to(out).as_posix()
-    quicklook = _mapping(_mapping(document.get("assets")).get("quicklook")).get("href")
+    quicklook = mapping(mapping(document.get("assets")).get("quicklook")).get("href")
     return replace(
         row,
         seconds=seconds or None,
@@ -201,8 +203,8 @@ def _row(out: Path, name: str, entry: SceneEntry | None) -> Row:
             tuple(colors.get(whole(share.get("index")), "") for share in held),
             {"area_m2": "m2", "volume_ml": "ml"}.get(unit, ""),
         ),
-        fractions=tuple(_number(share.get("fraction")) or 0.0 for share in held),
-        amounts=tuple(_number(share.get(unit)) or 0.0 for share in held) if unit else (),
+        fractions=tuple(number(share.get("fraction")) or 0.0 for share in held),
+        amounts=tuple(number(share.get(unit)) or 0.0 for share in held) if unit else (),
         manifest=f"{folder}/{path.name}",
         quicklook=f"{folder}/{Path(str(quicklook)).name}" if quicklook else "",
         warnings=tuple(str(warning) for warning in facts.get("segflow:warnings") or ()),
@@ -218,10 +220,10 @@ def _inside(out: Path, product: str) -> Path | None:
 
 
 def _colors(document: Mapping[str, Any]) -> dict[int, str]:
-    mask = _mapping(_mapping(document.get("assets")).get("mask"))
+    mask = mapping(mapping(document.get("assets")).get("mask"))
     found = {}
     for label in mask.get("classification:classes") or ():
-        hint = str(_mapping(label).get("color_hint", ""))
+        hint = str(mapping(label).get("color_hint", ""))
         if re.fullmatch(r"[0-9A-Fa-f]{6}", hint):
             found[whole(label.get("value"))] = f"#{hint.lower()}"
     return found
@@ -235,9 +237,9 @@ def _grouped(rows: list[Row]) -> tuple[list[Row], tuple[FailureGroup, ...]]:
             groups[row.error, _gist(row)].append(at)
     ordered = sorted(groups.values(), key=len, reverse=True)
     found = []
-    for number, members in enumerate(ordered):
+    for place, members in enumerate(ordered):
         for at in members:
-            rows[at] = replace(rows[at], group=number)
+            rows[at] = replace(rows[at], group=place)
         first = rows[members[0]]
         quarantined = sum(rows[at].state == "quarantined" for at in members)
         scenes = tuple(rows[at].scene for at in members)
@@ -247,44 +249,38 @@ def _grouped(rows: list[Row]) -> tuple[list[Row], tuple[FailureGroup, ...]]:
 
 def _gist(row: Row) -> str:
     """A reason without what is the scene's own: its URI, its name, paths, and numbers."""
-    text = row.reason
-    for own in (row.uri, row.scene):
+    text, file = row.reason, row.uri.rstrip("/").rpartition("/")[2]
+    for own in (row.uri, file, file.partition(".")[0], row.scene):
         if own:
-            text = text.replace(own, "*")
+            text = re.sub(rf"(?<!\w){re.escape(own)}(?!\w)", "*", text)
     return re.sub(r"\d+(\.\d+)?", "#", re.sub(r"\S*/\S+", "*", text))
 
 
 def _class_totals(rows: list[Row]) -> tuple[ClassTotal, ...]:
-    """What the products hold of each class, models with the same classes together; pixels are the weights."""
+    """What the products hold of each class, models with the same classes together.
+
+    Shares are of the area or volume where it is known, since pixels of one scene may be larger than those of another.
+    """
     amounts: dict[tuple[ClassList, int], float] = defaultdict(float)
-    pixels: dict[tuple[ClassList, int], float] = defaultdict(float)
     scenes: dict[ClassList, int] = defaultdict(int)
-    valid: dict[ClassList, float] = defaultdict(float)
+    whole_of: dict[ClassList, float] = defaultdict(float)
     for row in rows:
         if row.classes is None:
             continue
         scenes[row.classes] += 1
-        valid[row.classes] += row.pixels
-        for place, fraction in enumerate(row.fractions):
-            pixels[row.classes, place] += fraction * row.pixels
-            amounts[row.classes, place] += row.amounts[place] if row.amounts else 0.0
+        held = row.amounts or tuple(fraction * row.pixels for fraction in row.fractions)
+        whole_of[row.classes] += sum(held)
+        for place, amount in enumerate(held):
+            amounts[row.classes, place] += amount
     return tuple(
         ClassTotal(
             name,
             classes.colors[place],
             amounts[classes, place] if classes.unit else None,
             classes.unit,
-            pixels[classes, place] / valid[classes] if valid[classes] else 0.0,
+            amounts[classes, place] / whole_of[classes] if whole_of[classes] else 0.0,
             count,
         )
         for classes, count in scenes.items()
         for place, name in enumerate(classes.names)
     )
-
-
-def _mapping(value: object) -> Mapping[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) and value == value else None

@@ -19,6 +19,7 @@ from markupsafe import Markup
 from segcore.files import save_text
 from segcore.ledger import FAILURES_FILE, LEDGER_FILE, REPORT_FILE, RUN_FILE, RunEntry, State, seconds_of
 from segcore.report.charts import (
+    FEWEST_RUNS,
     PANEL_HEIGHT,
     RUNS,
     WIDTH,
@@ -33,6 +34,7 @@ from segcore.report.charts import (
 )
 from segcore.report.findings import ClassList, Findings, Row, find
 from segcore.report.thumbs import FOLDER, Thumbnails
+from segcore.spec import format_seconds
 
 #: Bytes of pictures in the page itself; the thumbnails of older scenes are taken from beside it.
 EMBEDDED_BYTES = 12 << 20
@@ -223,7 +225,13 @@ def _runs_figure(found: Findings) -> RunsFigure:
     top = nice_top(max((a + b for a, b in zip(done, failed, strict=True)), default=0.0))
     days = {clock(run.started, "%Y-%m-%d") for run in runs}
     form = "%Y-%m-%d" if len(days) > 1 else "%Y-%m-%d %H:%M"
-    return RunsFigure(runs, form, top, bars(done, top, gap=3), bars(failed, top, floor=done, gap=3))
+    return RunsFigure(
+        runs,
+        form,
+        top,
+        bars(done, top, gap=3, slots=FEWEST_RUNS),
+        bars(failed, top, floor=done, gap=3, slots=FEWEST_RUNS),
+    )
 
 
 def in_thousands(value: float) -> str:
@@ -254,11 +262,8 @@ def rate(value: float) -> str:
 
 
 def took(seconds: float) -> str:
-    """A duration: `42 s`, `7 min`, `3 h 12 min`."""
-    minutes = round(seconds / 60)
-    if seconds < 90:
-        return f"{seconds:.0f}\u202fs"
-    return f"{minutes}\u202fmin" if minutes < 60 else f"{minutes // 60}\u202fh {minutes % 60:02}\u202fmin"
+    """A duration, with spaces that do not break."""
+    return format_seconds(seconds).replace(" ", "\u202f")
 
 
 def clock(time: float | str, form: str = "%H:%M") -> str:

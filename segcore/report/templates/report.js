@@ -102,7 +102,7 @@
     const place = placeOf(row);
     let shown = row.fractions.map((_, i) => i);
     if (place >= 0) shown = [place];
-    else shown = shown.sort((a, b) => row.fractions[b] - row.fractions[a]).slice(0, 3);
+    else shown = shown.filter((i) => row.fractions[i] >= .0005).sort((a, b) => row.fractions[b] - row.fractions[a]).slice(0, 3);
     const words = shown.map((i) => {
       const share = percent(row.fractions[i]);
       return place < 0 ? row.legend.names[i] + " " + share
