@@ -52,10 +52,10 @@ class Bars:
         percent = 100 * done / max(1, total)
         with contextlib.suppress(Exception):
             if bar is None:
-                bar = create_progress_artifact(percent, key_of("progress", name), f"{name}: tiles labelled")
-                assert isinstance(bar, UUID)
+                made = create_progress_artifact(percent, key_of("progress", name), f"{name}: tiles labelled")
+                assert isinstance(made, UUID)
                 with self._lock:
-                    self._bars[name] = (bar, now)
+                    self._bars[name] = (made, now)
             else:
                 update_progress_artifact(bar, percent)
 

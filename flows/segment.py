@@ -143,8 +143,9 @@ def segment(
 
 
 def _label(jobs: list[Job], cluster: str | None, workers: int, limits: Limits) -> Summary:
+    reporter = _Shown(current_reporter() or _Logged())
     with (
-        report_to(_Shown(current_reporter() or _Logged())) as reporter,
+        report_to(reporter),
         _log_of_engine(),
         Crew(cluster, workers, limits.deadlines) as crew,
     ):

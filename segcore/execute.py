@@ -10,6 +10,7 @@ nothing else under way, of no scene: the one that kills twice is the poison, and
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import pickle
 import signal
@@ -135,6 +136,8 @@ class Workers:
             self.client.run_on_scheduler(_blame_at_once)
             threads = None if where is not None else max(1, usable_cores() // max(1, processes))
             self.client.register_plugin(Bench(threads, self.processes))
+            if self.processes:
+                self.client.forward_logging("segcore", logging.INFO)
         except Exception as error:  # whatever a worker of another make raises
             self.close()
             raise PlanError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import logging
 import os
 import pickle
 import threading
@@ -27,6 +28,8 @@ from segcore.scaling import Scaling
 from segcore.tile import Labeller
 
 PLUGIN = "segflow"
+
+_LOG = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -117,7 +120,7 @@ class Bench(WorkerPlugin):  # type: ignore[misc]
         """The network of a recipe, loaded on first use."""
         model, threads = recipe.model, self._threads
         with self._lock:
-            once = _Once(lambda: load_segmenter(model, threads))
+            once = _Once(lambda: _load(model, threads))
             shelved = _recent(self._segmenters, model.digest, lambda: once, keep=2)
         return shelved.value()
 
@@ -171,6 +174,12 @@ class Bench(WorkerPlugin):  # type: ignore[misc]
             self._stopped.add(key)
             self._recipes.pop(key, None)
             return self._active[key]
+
+
+def _load(model: Model, threads: int) -> Segmenter:
+    segmenter = load_segmenter(model, threads)
+    _LOG.info("%s %s runs in %s", model.card.name, model.card.version, segmenter.engine)
+    return segmenter
 
 
 def label_batch(key: str, packed: bytes, batch: list[Index], tile_seconds: float | None) -> list[TileReport]:
