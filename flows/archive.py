@@ -130,7 +130,9 @@ class Archive:
 
     def _arrange(self) -> deque[_Visit]:
         """The scenes in order; those that were under way when an earlier run died come last, and alone."""
-        past = ledger.Ledger(self.out / ledger.LEDGER_FILE)
+        past = ledger.Ledger(self.out / ledger.LEDGER_FILE, empty=True)
+        with contextlib.suppress(OSError):  # what cannot be read cannot be written either, which is a warning
+            past.refresh()
         waiting, suspects = deque[_Visit](), []
         for job in self.jobs:
             entry = past.get(job.name)
@@ -346,8 +348,8 @@ class Archive:
             reason=self._reason,
         )
         self._write_run(ended=True)
-        known = ledger.Ledger(self.out / ledger.LEDGER_FILE)
         with contextlib.suppress(SegcoreError, OSError):  # a disk that is full was warned of already
+            known = ledger.Ledger(self.out / ledger.LEDGER_FILE)
             troubled = known.troubled()
             if troubled:
                 ledger.write_failures(self.out / ledger.FAILURES_FILE, troubled)

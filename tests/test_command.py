@@ -221,29 +221,6 @@ def test_bands_scale_and_offset_make_a_scene_of_a_bare_raster(tmp_path: Path, ru
     assert (masks[0] == masks[1]).mean() > 0.999
 
 
-def test_whatever_a_scene_raises_the_next_one_has_its_chance(tmp_path: Path) -> None:
-    from flows.batch import run_batch
-    from segcore.scene import Outcome
-    from segcore.spec import Job
-
-    def label(job: Job) -> Outcome:
-        if job.name == "odd":
-            raise KeyError("a fault of segflow")
-        return Outcome("done", job.name, job.uri, "", 0.0)
-
-    heard = []
-    summary = run_batch([Job(name, name, "m", str(tmp_path)) for name in ("odd", "good")], label, heard.append)
-    assert [record.state for record in heard] == ["failed", "done"]
-    assert "unexpected KeyError" in heard[0].reason
-    assert "Traceback" in heard[0].details["traceback"]
-    assert summary.exit_code == 1
-    assert summary.warnings == ()
-    (tmp_path / "file").write_text("")
-    blocked = run_batch([Job("good", "good", "m", str(tmp_path / "file"))], label, heard.append)
-    assert blocked.exit_code == 0
-    assert "run.json" in blocked.warnings[0]
-
-
 def test_json_is_printed_whatever_happens(tmp_path: Path, run_segflow: Run) -> None:
     ended = run_segflow("run", tmp_path / "missing.tif", "-m", CLOUDS, "-o", tmp_path / "out", "--json")
     assert ended.returncode == 2

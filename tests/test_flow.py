@@ -82,9 +82,13 @@ def test_a_flow_labels_scenes_and_says_what_it_did(
         with get_client(sync_client=True) as client:
             tables = client.read_artifacts(sort=ArtifactSort.CREATED_DESC)
             runs = client.read_task_runs()
+            flow_runs = client.read_flow_runs()
+        import socket
+        assert all({f"segflow-host:{socket.gethostname()}"} < set(run.tags) for run in flow_runs), flow_runs
         print(json.dumps({
             "state": [state.type.value, state.message], "again": [again.type.value, again.message],
             "tables": [json.loads(a.data) for a in tables if a.key == "segflow-run"],
+            "shown": sorted({a.key for a in tables if a.key}),
             "tasks": sorted((r.name, r.state_name, r.run_count) for r in runs),
         }))
         """,
@@ -92,12 +96,14 @@ def test_a_flow_labels_scenes_and_says_what_it_did(
     )  # fmt: skip
     assert told["state"][0] == "FAILED"
     assert told["state"][1].startswith("1 of 3 scenes failed")
-    assert told["again"] == ["COMPLETED", "0 done, 1 up to date"]
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"a", "c", "run.json"}
+    assert told["again"] == ["COMPLETED", "1 up to date"]
+    made = {path.name for path in (tmp_path / "out").iterdir()}
+    assert made >= {"a", "c", "run.json", "events.jsonl", "failures.csv", "report.html", "metrics.prom"}
     # A scene that cannot succeed is not tried again: every task ran once.
     assert [tuple(task) for task in told["tasks"]] == [
         ("a", "Completed", 1), ("a", "Completed", 1), ("b", "Failed", 1), ("c", "Completed", 1)
     ]  # fmt: skip
+    assert told["shown"] == ["product-a", "product-c", "quicklook-a", "quicklook-c", "segflow-run"]
     rows = [{row["scene"]: row["state"] for row in table} for table in told["tables"]]
     assert rows == [{"a": "up to date"}, {"a": "done", "b": "failed", "c": "done"}]
 
@@ -109,19 +115,20 @@ def test_a_task_is_tried_again_only_where_that_may_help(
         """
         import json
         from prefect import flow
+        from prefect.utilities.annotations import quote
         from flows import segment as module
         from segcore.errors import SceneError
         calls = []
-        def fail(job, workers, progress):
-            calls.append(job.uri)
-            raise SceneError("no", retryable=job.uri == "away")
-        module.segment_scene = fail
+        class Crew:
+            def label(self, job, progress):
+                calls.append(job.uri)
+                raise SceneError("no", retryable=job.uri == "away")
         task = module.label_scene.with_options(retry_delay_seconds=0)
         job = {"name": "n", "model": "m", "out": "o", "settings": {"bands": None}}
         @flow
         def both():
             for uri in ("away", "broken"):
-                task(uri, {**job, "uri": uri}, None, return_state=True)
+                task(uri, {**job, "uri": uri}, quote(Crew()), None, return_state=True)
             return True
         both()
         print(json.dumps({"calls": calls}))
