@@ -8,24 +8,48 @@ import os
 import sys
 import warnings
 from dataclasses import asdict
-from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from flows import reports
 from flows.archive import Archive
 from flows.batch import NOTHING_RUN, Limits, find_jobs
 from flows.console import Reporter, reporting
 from flows.models import AsJson, models
+from flows.options import (
+    Bands,
+    Cluster,
+    MaxFailureRate,
+    MaxScenes,
+    Memory,
+    ModelName,
+    ModeName,
+    ModeOption,
+    Offset,
+    Out,
+    Overlap,
+    Processes,
+    RetryFailed,
+    Scale,
+    Scenes,
+    ScenesAtOnce,
+    SceneTimeout,
+    Scores,
+    StopAfter,
+    TileSide,
+    TileTimeout,
+    Tolerance,
+    WeightsOption,
+    settings_of,
+)
+from flows.planning import plan
 from flows.preview import preview
 from flows.servers import servers
 from segcore.errors import PlanError, SegcoreError, one_line
-from segcore.spec import Job, Settings, format_bytes, in_words, parse_bytes, parse_seconds, times
+from segcore.spec import Job, Settings, parse_seconds
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -35,60 +59,9 @@ app = typer.Typer(
 )
 app.add_typer(models, name="model")
 app.add_typer(servers, name="prefect")
+app.command()(plan)
 app.command()(reports.report)
 app.command()(reports.status)
-
-
-class ModeName(StrEnum):
-    """`--mode`."""
-
-    auto = "auto"
-    exact = "exact"
-    blend = "blend"
-
-
-class WeightsName(StrEnum):
-    """`--weights`."""
-
-    cosine = "cosine"
-    gaussian = "gaussian"
-    constant = "constant"
-
-
-Scenes = Annotated[list[str], typer.Argument(help="Files, folders, globs, list files (.txt) or STAC Items.")]
-ModelName = Annotated[str, typer.Option("--model", "-m", help="A built-in model, or a folder with a card.json.")]
-Out = Annotated[str, typer.Option("--out", "-o", help="Folder for the products.")]
-Memory = Annotated[
-    str | None, typer.Option(help="Memory of a worker process, such as 4GiB; default: half of what is free.")
-]
-TileSide = Annotated[int | None, typer.Option("--tile", help="Side of a tile's core in pixels; default: planned.")]
-ModeOption = Annotated[ModeName, typer.Option("--mode", help="How tiles are joined; auto asks the model's card.")]
-Overlap = Annotated[int | None, typer.Option(help="Pixels that windows share in blend mode; default: the card's.")]
-WeightsOption = Annotated[
-    WeightsName | None, typer.Option("--weights", help="How windows are blended; default: the card's.")
-]
-Tolerance = Annotated[
-    float | None,
-    typer.Option(help="Accept scores that differ by this from the whole image's, for a shorter halo; default: none."),
-]
-Scores = Annotated[bool, typer.Option("--scores", help="Write the score of every class, too.")]
-Bands = Annotated[str | None, typer.Option(help="Names of a raster's bands in file order, such as blue,green,red,nir.")]
-Scale = Annotated[float | None, typer.Option(help="Of a raster that carries none: value = stored x scale + offset.")]
-Offset = Annotated[float | None, typer.Option(help="See --scale.")]
-Cluster = Annotated[
-    str | None, typer.Option(help="Address of a dask scheduler (tcp://...), or a cluster file (.yaml); default: none.")
-]
-Processes = Annotated[
-    int | None,
-    typer.Option("--workers", min=0, help="Worker processes; 0: threads of this one. Default: 1, and 0 for one scene."),
-]
-MaxScenes = Annotated[int | None, typer.Option(help="Begin at most so many scenes that take work, then exit with 75.")]
-StopAfter = Annotated[str | None, typer.Option(help="Stop after so long, such as 6h, and exit with 75.")]
-MaxFailureRate = Annotated[float | None, typer.Option(help="Stop when more than this part of the scenes fails.")]
-TileTimeout = Annotated[str | None, typer.Option(help="Time that a tile is given, such as 10m; then its worker ends.")]
-SceneTimeout = Annotated[str | None, typer.Option(help="Time that the tiles of a scene are given, such as 4h.")]
-RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Try scenes that are quarantined again, too.")]
-ScenesAtOnce = Annotated[int | None, typer.Option(help="Scenes that are labelled side by side; default: 3.")]
 
 
 @app.command()
@@ -136,7 +109,7 @@ def run(
         retry_failed,
         scenes_at_once,
     )
-    settings = _settings(memory, tile, mode, overlap, weights, tolerance, scores, bands, scale, offset)
+    settings = settings_of(memory, tile, mode, overlap, weights, tolerance, scores, bands, scale, offset)
     jobs = find_jobs(scenes, model, out, settings)
     if dry_run:
         raise typer.Exit(preview(jobs, limits, as_json))
@@ -155,51 +128,6 @@ def run(
         stopped = f"; {summary['reason']}, run the same command again to go on" if summary["reason"] else ""
         print(f"{counts}{stopped}; see {out}/report.html", file=sys.stderr)
     raise typer.Exit(summary["exit_code"])
-
-
-@app.command()
-def plan(
-    scene: Annotated[str, typer.Argument(help="One scene.")],
-    model: ModelName,
-    out: Out = "out",
-    memory: Memory = None,
-    tile: TileSide = None,
-    mode: ModeOption = ModeName.auto,
-    overlap: Overlap = None,
-    weights: WeightsOption = None,
-    tolerance: Tolerance = None,
-    bands: Bands = None,
-    scale: Scale = None,
-    offset: Offset = None,
-    as_json: AsJson = False,
-) -> None:
-    """Show how a scene would be tiled, without running the network."""
-    from segcore.io import find_scenes, product_name
-    from segcore.survey import provenance, survey
-
-    uris = find_scenes([scene])
-    if len(uris) > 1:
-        raise PlanError(f"{scene} names {len(uris)} scenes; plan one at a time, such as {uris[0]}")
-
-    settings = _settings(memory, tile, mode, overlap, weights, tolerance, False, bands, scale, offset)
-    prospect = survey(Job(product_name(uris[0]), uris[0], model, out, settings))
-    facts = provenance(prospect, "", "")["segflow:plan"] | {"tiles": len(prospect.plan)}
-    facts |= {"scene": prospect.source.uri, "grid": list(prospect.source.grid.shape)}
-    if as_json:
-        print(json.dumps(facts, indent=2))
-        return
-    source, table = prospect.source, Table(show_header=False, box=None)
-    table.add_row(
-        "scene",
-        f"{source.name}, {source.grid} pixels, channels: {', '.join(source.channels)}",
-    )
-    table.add_row("mode", _mode_sentence(facts))
-    table.add_row("tiles", f"{len(prospect.plan)} with cores of {times(facts['core'])}")
-    table.add_row("work", f"{facts['work']:.2f} times the pixels that the network sees ({times(facts['canvas'])})")
-    table.add_row("memory", f"{format_bytes(facts['predicted_memory_bytes'])} at the peak (predicted)")
-    for warning in prospect.source.warnings:
-        table.add_row("warning", warning)
-    Console().print(table)
 
 
 @app.command()
@@ -348,43 +276,6 @@ def _run_flow(
         raise SegcoreError(state.message or f"the flow run ended as {state.name}")
     summary, reporter.summary = reporter.summary, None
     return summary.to_json()
-
-
-def _settings(
-    memory: str | None,
-    tile: int | None,
-    mode: ModeName,
-    overlap: int | None,
-    weights: WeightsName | None,
-    tolerance: float | None,
-    scores: bool,
-    bands: str | None,
-    scale: float | None,
-    offset: float | None,
-) -> Settings:
-    names = tuple(name.strip() for name in bands.split(",")) if bands else None
-    return Settings(
-        memory=parse_bytes(memory) if memory is not None else None,
-        tile=tile,
-        mode=mode.value,
-        overlap=overlap,
-        weights=weights.value if weights else None,
-        tolerance=tolerance,
-        scores=scores,
-        bands=names,
-        scale=scale,
-        offset=offset,
-    )
-
-
-def _mode_sentence(facts: dict[str, Any]) -> str:
-    if facts["mode"] == "blend":
-        windows = f"windows of {times(facts['window'])} every {times(facts['step'])} pixels"
-        return f"blend, {windows}, {facts['weights']} weights"
-    halo = in_words(tuple((before, after) for before, after in facts["halo"]))
-    if facts["mode"] == "exact":
-        return f"exact, halo {halo} pixels"
-    return f"measured: a halo of at most {halo} pixels, to be shortened on the scene itself"
 
 
 def _version(value: bool) -> None:

@@ -181,6 +181,11 @@ class Plan:
         return prod(counts) * prod(self.sight.window) / prod(self.canvas)
 
     @property
+    def resting(self) -> int:
+        """Bytes of a process that labels no tile."""
+        return PROCESS_BYTES
+
+    @property
     def _axes(self) -> range:
         return range(len(self.core))
 

@@ -61,6 +61,22 @@ class Prospect:
         """How fast this model was on this machine when it last ran."""
         return recall(self.speed_key)
 
+    def tiling(self) -> dict[str, Any]:
+        """The plan as JSON."""
+        tiling: dict[str, Any] = {
+            "mode": self.plan.mode,
+            "core": list(self.plan.core),
+            "counts": list(self.plan.counts),
+            "canvas": list(self.plan.canvas),
+        }
+        if self.plan.mode == "blend":
+            sight = self.plan.sight
+            tiling |= {"window": list(sight.window or ()), "step": list(sight.step), "weights": sight.weights}
+        else:
+            tiling |= {"halo": [list(sides) for sides in self.plan.halo]}
+        tiling |= {"work": round(self.plan.work, 4), "predicted_memory_bytes": self.plan.memory}
+        return tiling
+
     @property
     def computed(self) -> float:
         """Pixels that the network computes."""
@@ -147,7 +163,7 @@ def check_range(source: Source, card: Card) -> None:
 
 def provenance(prospect: Prospect, created: str, engine: str) -> dict[str, Any]:
     """The part of a manifest that is known before the first tile: input, model, settings, plan and versions."""
-    card, plan, source = prospect.model.card, prospect.plan, prospect.source
+    card, source = prospect.model.card, prospect.source
     model = {
         "reference": prospect.job.model,
         "name": card.name,
@@ -156,18 +172,6 @@ def provenance(prospect: Prospect, created: str, engine: str) -> dict[str, Any]:
         "license": card.license,
     }
     model |= {"citation": card.citation, "engine": engine, "weights_sha256": card.artifacts[0].sha256}
-    tiling: dict[str, Any] = {
-        "mode": plan.mode,
-        "core": list(plan.core),
-        "counts": list(plan.counts),
-        "canvas": list(plan.canvas),
-    }
-    if plan.mode == "blend":
-        sight = plan.sight
-        tiling |= {"window": list(sight.window or ()), "step": list(sight.step), "weights": sight.weights}
-    else:
-        tiling |= {"halo": [list(sides) for sides in plan.halo]}
-    tiling |= {"work": round(plan.work, 4), "predicted_memory_bytes": plan.memory}
     return {
         "created": created,
         "segflow:fingerprint": prospect.fingerprint,
@@ -177,7 +181,7 @@ def provenance(prospect: Prospect, created: str, engine: str) -> dict[str, Any]:
         "segflow:input": {"uri": source.uri, "identity": dict(source.identity())},
         "segflow:model": model,
         "segflow:settings": asdict(prospect.job.settings),
-        "segflow:plan": tiling,
+        "segflow:plan": prospect.tiling(),
         "segflow:versions": {"python": platform.python_version(), **_versions()},
         "segflow:warnings": list(source.warnings),
     }

@@ -16,6 +16,7 @@ FLOORS = {
     "segcore.report": 3.5,
     "segcore.scene": 5,
     "segcore.survey": 4.5,
+    "segcore.calibrate": 4.6,
     "segcore.execute": 4,
     "segcore.worker": 3.8,
     "segcore.cluster": 3.8,
@@ -41,8 +42,8 @@ FLOORS = {
 }
 HOMES = {
     "prefect": {"flows.segment", "flows.artifacts", "flows.servers", "flows.command"},
-    "typer": {"flows.command", "flows.models", "flows.reports", "flows.servers"},
-    "rich": {"flows.command", "flows.models", "flows.console"},
+    "typer": {f"flows.{name}" for name in ("command", "models", "options", "planning", "reports", "servers")},
+    "rich": {"flows.planning", "flows.models", "flows.console"},
     "distributed": {"segcore.execute", "segcore.worker", "segcore.cluster"},
     "dask": {"segcore.cluster"},
     "yaml": {"segcore.cluster"},
