@@ -6,6 +6,7 @@
     ├── PlanError     the settings: a budget, tile or mode that cannot work for this scene and model
     ├── ModelError    the network: an engine that is not installed, an output of the wrong shape
     └── ProductError  the output: a folder that cannot be written, a product that does not verify
+        └── InUseError  another run has the scene in work: come back to it later
 
 A message says what, where (URI, box), the numbers, and the remedy. `retryable` says whether the same call may
 succeed a little later (storage that was away), or never will before the user changes something.
@@ -44,6 +45,13 @@ class ModelError(SegcoreError):
 
 class ProductError(SegcoreError):
     """The product cannot be written or does not verify."""
+
+
+class InUseError(ProductError):
+    """Another run has the scene in work. Always retryable."""
+
+    def __init__(self, message: str, *, retryable: bool = True) -> None:
+        super().__init__(message, retryable=retryable)
 
 
 def _rebuild(kind: type[SegcoreError], message: str, retryable: bool) -> SegcoreError:

@@ -7,21 +7,20 @@ job -> card, headers -> up to date?  -> plan, or a refusal with numbers -> stati
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import platform
-import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self, TypeVar
+from uuid import uuid4
 
 import numpy as np
 
@@ -31,6 +30,7 @@ from segcore.grid import Grid
 from segcore.io import open_scene
 from segcore.io.scratch import Scratch
 from segcore.io.source import Source, Wanted
+from segcore.lock import Guard, Guarding, empty, locked
 from segcore.model import load_segmenter
 from segcore.model.card import Card, Model, load_card
 from segcore.plan import Plan, make_plan
@@ -116,18 +116,23 @@ def survey(job: Job) -> Prospect:
     return Prospect(job, model, source, plan, fingerprint)
 
 
-def segment_scene(job: Job, workers: Workers, progress: Progress = lambda *_: None) -> Outcome:
+def segment_scene(
+    job: Job, workers: Workers, progress: Progress = lambda *_: None, guarding: Guarding | None = None
+) -> Outcome:
     """Label one scene, or find that its product is up to date. Raises SegcoreError; then there is no new product.
 
     After a kill at any moment the same call goes on with the tiles that were finished, and ends with the same bytes.
+    `guarding` holds the scene against other runs; by default a lock does, and waits for them (`LOCK_SECONDS`). Raises
+    InUseError where another run has the scene.
     """
+    guarding = guarding or partial(locked, wait_seconds=LOCK_SECONDS)
     began = time.perf_counter()
     prospect = survey(job)
     source, plan, card = prospect.source, prospect.plan, prospect.model.card
     manifest = manifest_path(Path(job.out).absolute(), source.name)
     if is_current(manifest, prospect.fingerprint):
         return Outcome("up to date", source.name, source.uri, str(manifest), time.perf_counter() - began, len(plan))
-    with _locked(prospect.hidden):
+    with guarding(prospect.hidden) as guard:
         if is_current(manifest, prospect.fingerprint):  # another run has just made it
             return Outcome("up to date", source.name, source.uri, str(manifest), time.perf_counter() - began, len(plan))
         try:
@@ -148,7 +153,7 @@ def segment_scene(job: Job, workers: Workers, progress: Progress = lambda *_: No
                 plan = plan.with_halo(halo.halo)
                 recipe, prospect = replace(recipe, plan=plan), replace(prospect, plan=plan)
             prepared = time.perf_counter()
-            kept, reports = _label_all(recipe, workers, progress)
+            kept, reports = _label_all(recipe, workers, _while_held(guard, progress))
             labelled = time.perf_counter()
             shares = class_shares(scratch, source, legend_of(card))
             if not any(share.pixels for share in shares):
@@ -175,20 +180,22 @@ def segment_scene(job: Job, workers: Workers, progress: Progress = lambda *_: No
             }
             publish(
                 Path(job.out).absolute(),
-                prospect.hidden / "publish",
+                prospect.hidden / f"publish-{uuid4().hex[:12]}",
                 source,
                 scratch,
                 card,
                 shares,
                 facts,
                 scores=job.settings.scores,
+                guard=guard,
             )
         except SegcoreError as error:
             # Finished tiles are kept where the scene may still succeed: storage was away, or the disk full.
-            if isinstance(error, SceneError) and not error.retryable:
-                _empty(prospect.hidden)
+            if isinstance(error, SceneError) and not error.retryable and guard.holds():
+                empty(prospect.hidden)
             raise
-        _empty(prospect.hidden)
+        if guard.holds():
+            empty(prospect.hidden)
     return Outcome(
         "done",
         source.name,
@@ -332,6 +339,17 @@ def _label_all(recipe: Recipe, workers: Workers, progress: Progress) -> tuple[in
     return len(done), reports
 
 
+def _while_held(guard: Guard, progress: Progress) -> Progress:
+    """Progress that also stops a run whose scene is another's by now, so that two do not work at it."""
+
+    def told(name: str, done: int, total: int) -> None:
+        if not guard.holds():
+            guard.check()
+        progress(name, done, total)
+
+    return told
+
+
 def _measure_halo(recipe: Recipe, workers: Workers, tolerance: float | None) -> Measured | None:
     """The halo that will do within this tolerance; None where the network's whole reach is wanted."""
     if tolerance is None:
@@ -386,57 +404,6 @@ def _interrupted_core(job: Job, name: str, fingerprint: str) -> tuple[int, ...] 
         with contextlib.suppress(ValueError):
             return tuple(int(side) for side in folder.name.partition("-")[2].split("x"))
     return None
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the hidden folder of a scene against other runs; the lock goes with the process, however that ends."""
-    until = time.monotonic() + LOCK_SECONDS
-    while (descriptor := _lock(folder)) is None:
-        if time.monotonic() > until:
-            raise ProductError(f"{folder} is in use by another run; wait for it to end", retryable=True)
-        time.sleep(0.2)
-    try:
-        yield
-    finally:
-        # Empty it is of no use; removed while it is locked, so that no other run can be in it.
-        with contextlib.suppress(OSError):
-            folder.rmdir()
-        os.close(descriptor)
-        with contextlib.suppress(OSError):
-            folder.parent.rmdir()
-
-
-def _lock(folder: Path) -> int | None:
-    """A locked descriptor of the folder, which is made; None while another run holds it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:
-        return None  # another run removed it between the two
-    except OSError as error:
-        raise ProductError(f"cannot write to {folder}: {error.strerror or error}; choose another --out") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Another run may have ended, and removed the folder, since it was opened.
-        if os.fstat(descriptor).st_ino == os.stat(folder).st_ino:
-            return descriptor
-    except (BlockingIOError, FileNotFoundError):
-        pass
-    except OSError as error:
-        os.close(descriptor)
-        raise ProductError(f"cannot lock {folder}: {error.strerror or error}; choose another --out") from error
-    os.close(descriptor)
-    return None
-
-
-def _empty(folder: Path) -> None:
-    """Remove what is in a folder, and not the folder: it is the lock."""
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def _versions() -> dict[str, str]:

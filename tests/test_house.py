@@ -25,6 +25,9 @@ FLOORS = {
     "segcore.plan": 1,
     "segcore.files": 0.5,
     "segcore.grid": 0.5,
+    "segcore.lease": 1,
+    "segcore.lock": 0.5,
+    "segcore.register": 0.5,
     "segcore.spec": 0.5,
     "segcore.box": 0,
     "segcore.errors": 0,
@@ -47,8 +50,9 @@ HOMES = {
     "safetensors": {"segcore.model.archive", "segcore.model.pack"},
     "pydantic": {"segcore.model.card", "flows.segment"},
     "PIL": {"segcore.quicklook"},
+    "obstore": {"segcore.register"},
 }
-PURE = {"segcore.errors", "segcore.files", "segcore.box", "segcore.grid", "segcore.spec", "segcore.plan"}
+PURE = {f"segcore.{name}" for name in ("errors", "files", "box", "grid", "spec", "plan", "lock", "lease")}
 
 
 def modules() -> list[tuple[str, Path]]:
