@@ -123,13 +123,15 @@ def open_register(url: str, timeout_seconds: float) -> Register:
     """
     if "://" not in url or url.startswith("file://"):
         return Folder(local_path(url).absolute())
-    seconds = max(1.0, timeout_seconds / 2)
+    bound = timedelta(seconds=max(1.0, timeout_seconds / 2))
+    # Options given here replace those of the environment, so the one that local servers need is handed on.
+    plain = any(os.environ.get(f"{cloud}_ALLOW_HTTP", "").lower() in ("1", "true") for cloud in ("AWS", "AZURE"))
     with _told(url):
         try:
             store = from_url(
                 url,
-                client_options={"timeout": timedelta(seconds=seconds), "connect_timeout": timedelta(seconds=seconds)},
-                retry_config={"max_retries": 2, "retry_timeout": timedelta(seconds=seconds)},
+                client_options={"timeout": bound, "connect_timeout": bound, "allow_http": plain},
+                retry_config={"max_retries": 2, "retry_timeout": bound},
             )
         except BaseError as error:
             raise ProductError(f"cannot open {url}: {one_line(error)}; check the URL and the environment") from error
