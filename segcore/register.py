@@ -327,7 +327,7 @@ def _told(where: str) -> Iterator[None]:
         raise ProductError(f"{where} is not there: {_said(error)}; check the URL of the leases") from error
     except (BaseError, OSError) as error:
         raise ProductError(
-            f"cannot reach {where}: {_said(error)}; check that its storage can be reached, run again", retryable=True
+            f"cannot reach {where}: {_said(error)}; check network and credentials, run again", retryable=True
         ) from error
 
 
