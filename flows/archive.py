@@ -25,15 +25,19 @@ from typing import Any
 from flows.batch import STOPPED, Limits, SceneRecord, State, Summary
 from flows.console import Reporter
 from segcore import ledger
-from segcore.errors import PoisonError, ProductError, SegcoreError, StoppedError, one_line
+from segcore.errors import InUseError, PoisonError, ProductError, SegcoreError, StoppedError, one_line
+from segcore.lease import Leases, guarding
+from segcore.lock import Guarding
 from segcore.metrics import write_metrics
 from segcore.publish import write_json
 from segcore.report import write_report
-from segcore.scene import Outcome
+from segcore.scene import LOCK_SECONDS, Outcome
 from segcore.spec import Job
 
 #: A scene whose fault may pass (storage was away, a worker lost) is tried so often, so many seconds apart.
 ATTEMPTS, _PAUSE = 3, 5.0
+#: Seconds until a scene is looked at again that another run has in work.
+_BUSY_PAUSE = 2.0
 #: Seconds between two heartbeats.
 _BEAT = 5.0
 #: Seconds that scenes under way are given to end their tiles when the run is stopped.
@@ -57,6 +61,7 @@ class _Visit:
     attempt: int = 1
     not_before: float = 0.0
     alone: bool = False
+    busy_since: float | None = None
 
 
 @dataclass(slots=True)
@@ -103,14 +108,14 @@ class Archive:
     def run(self) -> Summary:
         """Label the scenes. Returns what became of them; a signal raises SystemExit, with everything written."""
         self._started, self._began = ledger.now(), time.monotonic()
-        waiting = self._arrange()
+        waiting, suspects = self._arrange()
         self._event(ledger.RUN_STARTED, total=len(self.jobs), model=self.jobs[0].model, command=self.command)
         self._write_run()
         over = threading.Event()
         heart = threading.Thread(target=self._beat, args=(over,), name="heartbeat", daemon=True)
         heart.start()
         try:
-            self._go(waiting)
+            self._go(waiting, suspects)
             summary = self._summary(ended=True)
             self._code = summary.exit_code
         except BaseException as error:
@@ -128,12 +133,12 @@ class Archive:
     def out(self) -> Path:
         return Path(self.jobs[0].out)
 
-    def _arrange(self) -> deque[_Visit]:
-        """The scenes in order; those that were under way when an earlier run died come last, and alone."""
+    def _arrange(self) -> tuple[deque[_Visit], deque[_Visit]]:
+        """The scenes in order, and those that were under way when an earlier run died: they come last, and alone."""
         past = ledger.Ledger(self.out / ledger.LEDGER_FILE, empty=True)
         with contextlib.suppress(OSError):  # what cannot be read cannot be written either, which is a warning
             past.refresh()
-        waiting, suspects = deque[_Visit](), []
+        waiting, suspects = deque[_Visit](), deque[_Visit]()
         for job in self.jobs:
             entry = past.get(job.name)
             if entry is not None and entry.state == "quarantined" and not self.limits.retry_failed:
@@ -144,13 +149,14 @@ class Archive:
                 suspects.append(_Visit(job, alone=self.label_alone is not None))
             else:
                 waiting.append(_Visit(job))
-        waiting.extend(suspects)
-        return waiting
+        return waiting, suspects
 
-    def _go(self, waiting: deque[_Visit]) -> None:
-        while waiting or self._under_way:
-            while waiting and self._may_begin(waiting[0]):
-                self._begin(waiting.popleft())
+    def _go(self, waiting: deque[_Visit], suspects: deque[_Visit]) -> None:
+        while True:
+            if not waiting and not self._under_way and suspects:
+                waiting.append(suspects.popleft())
+            while (visit := self._next(waiting)) is not None:
+                self._begin(visit)
             if not self._under_way and (not waiting or self._reason):
                 return
             with contextlib.suppress(queue.Empty):
@@ -159,17 +165,22 @@ class Archive:
                     self._end(visit, found, seconds, waiting)
             self._look_at_limits()
 
-    def _may_begin(self, visit: _Visit) -> bool:
+    def _next(self, waiting: deque[_Visit]) -> _Visit | None:
+        """The scene that is to begin now, taken out of those that wait; None where none may."""
         under_way = len(self._under_way)
-        if self._reason or under_way >= self.limits.at_once(len(self.jobs)) or time.monotonic() < visit.not_before:
-            return False
-        if any(other.visit.alone for other in self._under_way.values()) or (visit.alone and under_way):
-            return False
+        if self._reason or under_way >= self.limits.at_once(len(self.jobs)):
+            return None
+        if any(scene.visit.alone for scene in self._under_way.values()):
+            return None
+        visit = next((visit for visit in waiting if visit.not_before <= time.monotonic()), None)
+        if visit is None or (visit.alone and under_way):
+            return None
         if self.limits.max_scenes is not None and self._laboured() + under_way >= self.limits.max_scenes:
             if not under_way:
                 self._reason = f"--max-scenes {self.limits.max_scenes} is reached"
-            return False
-        return True
+            return None
+        waiting.remove(visit)
+        return visit
 
     def _laboured(self) -> int:
         """Scenes that took work."""
@@ -208,6 +219,13 @@ class Archive:
         if isinstance(found, StoppedError):
             self._reason = self._reason or "stopped"
             return
+        if isinstance(found, InUseError) and not self._reason:
+            # Another run has it: the next scene, and later this one again.
+            visit.busy_since = visit.busy_since or time.monotonic()
+            if time.monotonic() - visit.busy_since < LOCK_SECONDS:
+                visit.not_before = time.monotonic() + _BUSY_PAUSE
+                waiting.append(visit)
+                return
         passing = isinstance(found, SegcoreError) and found.retryable and not isinstance(found, PoisonError)
         if passing and self.retry and visit.attempt < ATTEMPTS and not self._reason:
             pause = time.monotonic() + _PAUSE * visit.attempt
@@ -358,6 +376,14 @@ class Archive:
             if not self._stopped:  # whoever was told to stop has no time for it; `segflow report` writes it
                 write_metrics(self.out / ledger.METRICS_FILE, self._document(ended=True), known.totals)
                 write_report(self.out)
+
+
+def guards_of(run_id: str, scenes: int, leases: str | None) -> Guarding:
+    """How a run holds its scenes: a single one is waited for, one of several is come back to.
+
+    `leases`: URL below which they are, None for locks alone. Raises ProductError, PlanError.
+    """
+    return guarding(run_id, LOCK_SECONDS if scenes == 1 else 0, Leases.at(leases, run_id) if leases else None)
 
 
 def _died(past: ledger.Ledger, run_id: str) -> bool:

@@ -11,17 +11,19 @@ from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
+from uuid import uuid4
 
 import typer
 
 from flows import reports
-from flows.archive import Archive
+from flows.archive import Archive, guards_of
 from flows.batch import NOTHING_RUN, Limits, find_jobs
 from flows.console import Reporter, reporting
 from flows.models import AsJson, models
 from flows.options import (
     Bands,
     Cluster,
+    LeasesUrl,
     MaxFailureRate,
     MaxScenes,
     Memory,
@@ -88,6 +90,7 @@ def run(
     scene_timeout: SceneTimeout = None,
     retry_failed: RetryFailed = False,
     scenes_at_once: ScenesAtOnce = None,
+    leases: LeasesUrl = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
     prefect: Annotated[
         bool | None,
@@ -116,9 +119,9 @@ def run(
     as_flow = server_is_configured() if prefect is None else prefect
     with reporting(quiet=as_json) as reporter:
         if as_flow:
-            summary = _run_flow(jobs, settings, cluster, workers, limits, reporter)
+            summary = _run_flow(jobs, settings, cluster, workers, limits, leases, reporter)
         else:
-            summary = _run_here(jobs, cluster, workers, limits, reporter)
+            summary = _run_here(jobs, cluster, workers, limits, leases, reporter)
     for warning in summary["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
     if as_json:
@@ -186,9 +189,9 @@ def demo(
         for scene, model in ((item, examples.CLOUD_MODEL), (volume, examples.BRAIN_MODEL)):
             jobs = find_jobs([str(scene)], model, out, Settings())
             if prefect:
-                summary = _run_flow(jobs, Settings(), None, None, Limits(), reporter)
+                summary = _run_flow(jobs, Settings(), None, None, Limits(), None, reporter)
             else:
-                summary = _run_here(jobs, None, None, Limits(), reporter)
+                summary = _run_here(jobs, None, None, Limits(), None, reporter)
             worst = max(worst, summary["exit_code"])
             ran += summary["scenes"]
         if worst == 0 and any(record["state"] == "done" for record in ran):
@@ -231,20 +234,35 @@ def processes_for(jobs: list[Job], cluster: str | None, workers: int | None, lim
 
 
 def _run_here(
-    jobs: list[Job], cluster: str | None, workers: int | None, limits: Limits, reporter: Reporter
+    jobs: list[Job],
+    cluster: str | None,
+    workers: int | None,
+    limits: Limits,
+    leases: str | None,
+    reporter: Reporter,
 ) -> dict[str, Any]:
     """Run the archive with the bare engine."""
     from segcore.crew import Crew
 
-    with Crew(cluster, processes_for(jobs, cluster, workers, limits), limits.deadlines) as crew:
+    run_id = uuid4().hex
+    guards = guards_of(run_id, len(jobs), leases)
+    with Crew(cluster, processes_for(jobs, cluster, workers, limits), limits.deadlines, guards) as crew:
         alone = crew.label_alone if crew.in_this_process else None
         command = " ".join(sys.argv[1:])
-        archive = Archive(jobs, crew.label, crew.drain, reporter, limits, label_alone=alone, command=command)
+        archive = Archive(
+            jobs, crew.label, crew.drain, reporter, limits, label_alone=alone, command=command, run_id=run_id
+        )
         return archive.run().to_json()
 
 
 def _run_flow(
-    jobs: list[Job], settings: Settings, cluster: str | None, workers: int | None, limits: Limits, reporter: Reporter
+    jobs: list[Job],
+    settings: Settings,
+    cluster: str | None,
+    workers: int | None,
+    limits: Limits,
+    leases: str | None,
+    reporter: Reporter,
 ) -> dict[str, Any]:
     """Run the archive as a Prefect flow, on the configured server or on the embedded one."""
     processes = processes_for(jobs, cluster, workers, limits)
@@ -269,6 +287,7 @@ def _run_flow(
         out=jobs[0].out,
         cluster=cluster,
         workers=processes,
+        leases=leases,
         **parameters,
         return_state=True,
     )

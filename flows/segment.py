@@ -11,7 +11,7 @@ import platform
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
-from uuid import UUID
+from uuid import UUID, uuid4
 
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
@@ -22,7 +22,7 @@ from prefect.states import Completed, Failed
 from prefect.utilities.annotations import quote
 from pydantic import Field
 
-from flows.archive import Archive
+from flows.archive import Archive, guards_of
 from flows.artifacts import Bars, Showcase
 from flows.batch import Limits, SceneRecord, Summary, find_jobs
 from flows.console import Lines, Reporter, current_reporter, report_to
@@ -103,6 +103,7 @@ def segment(
     tile_timeout: Annotated[str | None, Field(description="Time that a tile is given, such as 10m")] = None,
     scene_timeout: Annotated[str | None, Field(description="Time that the tiles of a scene are given, as 4h")] = None,
     retry_failed: Annotated[bool, Field(description="Try scenes that are quarantined again")] = False,
+    leases: Annotated[str | None, Field(description="Where hosts agree who labels a scene: s3://bucket/prefix")] = None,
     scenes_at_once: Annotated[int | None, Field(ge=1, description="Scenes that are labelled side by side")] = None,
 ) -> State[Any]:
     """Label every scene with a model and write the masks on the scenes' own grids.
@@ -133,7 +134,7 @@ def segment(
         )
         _claim()
         jobs = find_jobs(scenes, model, out, settings)
-        summary = _label(jobs, cluster, workers, limits)
+        summary = _label(jobs, cluster, workers, limits, leases)
     except SegcoreError as error:
         return Failed(message=str(error))
     if summary.failed:
@@ -142,12 +143,13 @@ def segment(
     return Completed(message=f"{counts}{f'; {summary.reason}' if summary.reason else ''}")
 
 
-def _label(jobs: list[Job], cluster: str | None, workers: int, limits: Limits) -> Summary:
+def _label(jobs: list[Job], cluster: str | None, workers: int, limits: Limits, leases: str | None) -> Summary:
+    run_id = uuid4().hex
     reporter = _Shown(current_reporter() or _Logged())
     with (
         report_to(reporter),
         _log_of_engine(),
-        Crew(cluster, workers, limits.deadlines) as crew,
+        Crew(cluster, workers, limits.deadlines, guards_of(run_id, len(jobs), leases)) as crew,
     ):
         as_tasks = {job.name for job in jobs[:MOST_TASKS]}
 
@@ -158,7 +160,15 @@ def _label(jobs: list[Job], cluster: str | None, workers: int, limits: Limits) -
 
         alone = crew.label_alone if crew.in_this_process else None
         archive = Archive(
-            jobs, label, crew.drain, reporter, limits, label_alone=alone, retry=False, command="a Prefect flow run"
+            jobs,
+            label,
+            crew.drain,
+            reporter,
+            limits,
+            label_alone=alone,
+            retry=False,
+            command="a Prefect flow run",
+            run_id=run_id,
         )
         summary = archive.run()
         reporter.summary = summary

@@ -7,6 +7,7 @@ import threading
 
 from segcore.errors import ModelError, SegcoreError
 from segcore.execute import Workers
+from segcore.lock import Guarding
 from segcore.scene import Deadlines, Outcome, Progress, segment_scene
 from segcore.spec import Job
 
@@ -14,11 +15,18 @@ from segcore.spec import Job
 class Crew:
     """Labels scenes, several at once if several threads ask. A context manager.
 
-    `where`, `processes`: see `Workers`. Raises PlanError where there are none to begin with.
+    `where`, `processes`: see `Workers`; `guarding`: what holds a scene against other runs, None for locks that wait.
+    Raises PlanError where there are no workers to begin with.
     """
 
-    def __init__(self, where: str | None = None, processes: int = 0, deadlines: Deadlines | None = None) -> None:
-        self._where, self._processes = where, processes
+    def __init__(
+        self,
+        where: str | None = None,
+        processes: int = 0,
+        deadlines: Deadlines | None = None,
+        guarding: Guarding | None = None,
+    ) -> None:
+        self._where, self._processes, self._guarding = where, processes, guarding
         self._deadlines = deadlines or Deadlines()
         self._lock, self._draining = threading.Lock(), threading.Event()
         self._workers = Workers(where, processes)
@@ -33,7 +41,7 @@ class Crew:
         """Label one scene. Raises SegcoreError; when all workers were lost, the next scene finds others."""
         workers = self._present()
         try:
-            return segment_scene(job, workers, progress, self._deadlines)
+            return segment_scene(job, workers, progress, self._deadlines, self._guarding)
         except ModelError:
             if workers.lost:
                 self._replace(workers)
@@ -47,7 +55,7 @@ class Crew:
                 if self._draining.is_set():
                     workers.drain()
             try:
-                return segment_scene(job, workers, progress, self._deadlines)
+                return segment_scene(job, workers, progress, self._deadlines, self._guarding)
             finally:
                 with self._lock:
                     self._others.remove(workers)

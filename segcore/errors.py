@@ -8,6 +8,7 @@
     │   ├── MemoryShortageError  a tile that did not fit in memory: smaller ones may
     │   └── PoisonError          a tile that killed its worker, twice and alone
     ├── ProductError  the output: a folder that cannot be written, a product that does not verify
+    │   └── InUseError           another run has the scene in work: come back to it later
     └── StoppedError  the run was asked to end before the scene was done
 
 A message says what, where (URI, box), the numbers, and the remedy. `retryable` says whether the same call may
@@ -57,6 +58,13 @@ class PoisonError(ModelError):
 
 class ProductError(SegcoreError):
     """The product cannot be written or does not verify."""
+
+
+class InUseError(ProductError):
+    """Another run has the scene in work. Always retryable."""
+
+    def __init__(self, message: str, *, retryable: bool = True) -> None:
+        super().__init__(message, retryable=retryable)
 
 
 class StoppedError(SegcoreError):

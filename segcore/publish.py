@@ -23,6 +23,7 @@ from segcore.files import sha256_of, write_text
 from segcore.io.scratch import Scratch
 from segcore.io.source import Legend, Source, sample_positions, slabs
 from segcore.io.stac import Asset, manifest_item
+from segcore.lock import Guard
 from segcore.model.card import Card
 from segcore.quicklook import View, draw_quicklook, preview_shape
 
@@ -135,12 +136,18 @@ def publish(
     properties: Mapping[str, Any],
     *,
     scores: bool,
+    guard: Guard,
 ) -> dict[str, Any]:
-    """Make the product of a finished scene in `out`, by way of `hidden`. Returns its manifest. Raises ProductError."""
+    """Make the product of a finished scene in `out`, by way of `hidden`, a new folder beside which only older ones lie.
+
+    Returns its manifest. Raises ProductError, also where `guard` does not hold the scene any more.
+    """
     legend, name = legend_of(card), source.name
     when = source.datetime or str(properties["created"])
     try:
-        shutil.rmtree(hidden, ignore_errors=True)  # what an interrupted run left
+        for left in hidden.parent.glob("publish-*"):  # by an interrupted run
+            shutil.rmtree(left, ignore_errors=True)
+        # Under a name of its own: a run that has lost its scene without knowing may still write into its own.
         hidden.mkdir(parents=True)
         assets: dict[str, Asset] = {}
         files: list[Path] = []
@@ -171,7 +178,7 @@ def publish(
         document["links"] = [*document.get("links", []), link]
         # Written before anything is moved: what follows are renames only.
         write_json(hidden / f"{name}.json", document)
-        _move(files, hidden / f"{name}.json", manifest_path(out, name))
+        _move(files, hidden / f"{name}.json", manifest_path(out, name), guard)
     except OSError as error:
         raise ProductError(
             f"cannot publish {out / name}: {error.strerror or error}; free some space or choose another --out",
@@ -185,13 +192,18 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
     write_text(path, f"{json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)}\n")
 
 
-def _move(files: list[Path], document: Path, manifest: Path) -> None:
-    """The commit: old manifest away, new files in place, files of an older product away, new manifest."""
+def _move(files: list[Path], document: Path, manifest: Path, guard: Guard) -> None:
+    """The commit: old manifest away, new files in place, files of an older product away, new manifest.
+
+    The scene is made sure of after all that takes long, right before the first file is moved. Before the mark of the
+    commit only what is known here is asked, since storage that is away must not cost a product that is in place.
+    """
     folder = manifest.parent
     folder.mkdir(parents=True, exist_ok=True)
     _sync(folder.parent)
     for file in files:
         _sync(file)
+    guard.check()
     manifest.unlink(missing_ok=True)
     _sync(folder)
     for file in files:
@@ -201,6 +213,8 @@ def _move(files: list[Path], document: Path, manifest: Path) -> None:
         if file.name not in made and file.name.startswith(tuple(f"{manifest.stem}_{part}" for part in PARTS)):
             file.unlink()
     _sync(folder)
+    if not guard.holds():
+        guard.check()
     os.replace(document, manifest)
     _sync(folder)
 

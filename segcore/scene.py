@@ -7,22 +7,22 @@ job -> card, headers -> up to date?  -> plan, or a refusal with numbers -> stati
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
-import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self, TypeVar
+from uuid import uuid4
 
 from segcore.errors import MemoryShortageError, ProductError, SceneError, SegcoreError
 from segcore.execute import Workers, label_tiles, run_once
 from segcore.io.scratch import Scratch
+from segcore.lock import Guard, Guarding, empty, locked
 from segcore.model import load_segmenter
 from segcore.publish import ClassShare, class_shares, is_current, legend_of, manifest_of, manifest_path, publish
 from segcore.scaling import Scaling, fit_scaling
@@ -99,24 +99,35 @@ Progress = Callable[[str, int, int], None]
 
 
 def segment_scene(
-    job: Job, workers: Workers, progress: Progress = lambda *_: None, deadlines: Deadlines = Deadlines()
+    job: Job,
+    workers: Workers,
+    progress: Progress = lambda *_: None,
+    deadlines: Deadlines = Deadlines(),
+    guarding: Guarding | None = None,
 ) -> Outcome:
     """Label one scene, or find that its product is up to date. Raises SegcoreError; then there is no new product.
 
     After a kill at any moment the same call goes on with the tiles that were finished, and ends with the same bytes.
-    Tiles that do not fit in memory are tried once more at half their size.
+    Tiles that do not fit in memory are tried once more at half their size. `guarding` holds the scene against other
+    runs; by default a lock does, and waits for them (`LOCK_SECONDS`). Raises InUseError where another run has it.
     """
+    guarding = guarding or partial(locked, wait_seconds=LOCK_SECONDS)
     try:
-        return _segment(job, workers, progress, deadlines, None)
+        return _segment(job, workers, progress, deadlines, guarding, None)
     except MemoryShortageError as error:
         core = error.core
         if core is None or max(core) == 1 or workers.draining:
             raise
-        return _segment(job, workers, progress, deadlines, tuple(-(-side // 2) for side in core))
+        return _segment(job, workers, progress, deadlines, guarding, tuple(-(-side // 2) for side in core))
 
 
 def _segment(
-    job: Job, workers: Workers, progress: Progress, deadlines: Deadlines, core: tuple[int, ...] | None
+    job: Job,
+    workers: Workers,
+    progress: Progress,
+    deadlines: Deadlines,
+    guarding: Guarding,
+    core: tuple[int, ...] | None,
 ) -> Outcome:
     """The story, with cores of this shape or with those of the plan."""
     began = time.perf_counter()
@@ -125,7 +136,7 @@ def _segment(
     manifest = manifest_path(Path(job.out).absolute(), source.name)
     if is_current(manifest, prospect.fingerprint):
         return Outcome("up to date", source.name, source.uri, str(manifest), time.perf_counter() - began, len(plan))
-    with _locked(prospect.hidden):
+    with guarding(prospect.hidden) as guard:
         if is_current(manifest, prospect.fingerprint):  # another run has just made it
             return Outcome("up to date", source.name, source.uri, str(manifest), time.perf_counter() - began, len(plan))
         try:
@@ -147,7 +158,7 @@ def _segment(
                 plan = plan.with_halo(halo.halo)
                 recipe, prospect = replace(recipe, plan=plan), replace(prospect, plan=plan)
             prepared = time.perf_counter()
-            kept, tally = _label_all(recipe, workers, progress, deadlines)
+            kept, tally = _label_all(recipe, workers, _while_held(guard, progress), deadlines)
             labelled = time.perf_counter()
             with workers.desk:
                 shares = class_shares(scratch, source, legend_of(card))
@@ -172,20 +183,22 @@ def _segment(
                 }
                 publish(
                     Path(job.out).absolute(),
-                    prospect.hidden / "publish",
+                    prospect.hidden / f"publish-{uuid4().hex[:12]}",
                     source,
                     scratch,
                     card,
                     shares,
                     facts,
                     scores=job.settings.scores,
+                    guard=guard,
                 )
         except SegcoreError as error:
             # Finished tiles are kept where the scene may still succeed: storage was away, or the disk full.
-            if isinstance(error, SceneError) and not error.retryable:
-                _empty(prospect.hidden)
+            if isinstance(error, SceneError) and not error.retryable and guard.holds():
+                empty(prospect.hidden)
             raise
-        _empty(prospect.hidden)
+        if guard.holds():
+            empty(prospect.hidden)
     if kept == 0:
         rest = time.perf_counter() - began - (labelled - prepared)
         speed = Speed((labelled - prepared) / prospect.computed, rest / source.grid.size)
@@ -236,6 +249,17 @@ def check_seams(product: Path) -> SeamReport:
         labeller = Labeller(plan, prospect.model.card, source, scaling, segmenter)
         allowed = halo.tolerance if halo else SAME_SCORES
         return report_seams(labeller, lambda box: source.frame.read_labels(mask, box), allowed)
+
+
+def _while_held(guard: Guard, progress: Progress) -> Progress:
+    """Progress that also stops a run whose scene is another's by now, so that two do not work at it."""
+
+    def told(name: str, done: int, total: int) -> None:
+        if not guard.holds():
+            guard.check()
+        progress(name, done, total)
+
+    return told
 
 
 def _label_all(recipe: Recipe, workers: Workers, progress: Progress, deadlines: Deadlines) -> tuple[int, Tally]:
@@ -292,54 +316,3 @@ def _kept(path: Path, kind: type[_F], measure: Callable[[], _F]) -> _F:
     except OSError as error:
         raise ProductError(f"cannot write {path}: {error.strerror or error}", retryable=True) from error
     return found
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the hidden folder of a scene against other runs; the lock goes with the process, however that ends."""
-    until = time.monotonic() + LOCK_SECONDS
-    while (descriptor := _lock(folder)) is None:
-        if time.monotonic() > until:
-            raise ProductError(f"{folder} is in use by another run; wait for it to end", retryable=True)
-        time.sleep(0.2)
-    try:
-        yield
-    finally:
-        # Empty it is of no use; removed while it is locked, so that no other run can be in it.
-        with contextlib.suppress(OSError):
-            folder.rmdir()
-        os.close(descriptor)
-        with contextlib.suppress(OSError):
-            folder.parent.rmdir()
-
-
-def _lock(folder: Path) -> int | None:
-    """A locked descriptor of the folder, which is made; None while another run holds it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:
-        return None  # another run removed it between the two
-    except OSError as error:
-        raise ProductError(f"cannot write to {folder}: {error.strerror or error}; choose another --out") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Another run may have ended, and removed the folder, since it was opened.
-        if os.fstat(descriptor).st_ino == os.stat(folder).st_ino:
-            return descriptor
-    except (BlockingIOError, FileNotFoundError):
-        pass
-    except OSError as error:
-        os.close(descriptor)
-        raise ProductError(f"cannot lock {folder}: {error.strerror or error}; choose another --out") from error
-    os.close(descriptor)
-    return None
-
-
-def _empty(folder: Path) -> None:
-    """Remove what is in a folder, and not the folder: it is the lock."""
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)

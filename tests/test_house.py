@@ -34,6 +34,9 @@ FLOORS = {
     "segcore.ledger": 0.75,
     "segcore.files": 0.5,
     "segcore.grid": 0.5,
+    "segcore.lease": 1,
+    "segcore.lock": 0.5,
+    "segcore.register": 0.5,
     "segcore.spec": 0.5,
     "segcore.speed": 0.6,
     "segcore.box": 0,
@@ -59,11 +62,15 @@ HOMES = {
     "pydantic": {"segcore.model.card", "flows.segment"},
     "PIL": {"segcore.quicklook"},
     "jinja2": {"segcore.report.page"},
+    "obstore": {"segcore.register"},
 }
 PURE = {
     f"segcore.{name}"
-    for name in ("errors", "files", "ledger", "status", "metrics", "box", "grid", "spec", "plan", "report.charts")
-}
+    for name in (
+        "errors", "files", "ledger", "status", "metrics", "box", "grid", "spec", "speed", "plan", "lock", "lease",
+        "report.charts",
+    )
+}  # fmt: skip
 
 
 def modules() -> list[tuple[str, Path]]:
