@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +22,8 @@ Pixels = NDArray[np.uint8]
 PANEL = 640
 #: Longest side of a thumbnail, in pixels: twice what a page shows, for fine screens.
 THUMBNAIL = 112
-#: Where in the quicklook the first cut under its mask lies (left, top, right, bottom), as a text of the PNG.
-_MASK_PANEL = "segflow:mask_panel"
+#: Under which name the quicklook carries its thumbnail, as a text of the PNG: a page of thousands decodes no picture.
+_THUMBNAIL = "segflow:thumbnail"
 _GAP, _INK, _PAPER, _FAINT = 12, (35, 40, 48), (255, 255, 255), (110, 118, 128)
 
 
@@ -52,9 +53,9 @@ def draw_quicklook(path: Path, view: View, legend: Legend, fractions: Mapping[in
         colours[index] = rgb
     stretch = _Stretch.of(view)
     rows = [_slice_row(view, stretch, colours, legend, axis) for axis in _cuts(view)]
-    picture, panel = _compose(rows, view, legend, fractions)
+    picture = _compose(rows, view, legend, fractions)
     facts = PngInfo()
-    facts.add_text(_MASK_PANEL, " ".join(map(str, panel)))
+    facts.add_text(_THUMBNAIL, base64.b64encode(_thumbnail(rows[0][-1])).decode())
     try:
         picture.save(path, optimize=True, pnginfo=facts)
     except OSError as error:
@@ -62,21 +63,23 @@ def draw_quicklook(path: Path, view: View, legend: Legend, fractions: Mapping[in
     return path
 
 
-def draw_thumbnail(quicklook: Path) -> bytes:
-    """A small WebP of the mask over the image, from a quicklook (of the whole sheet where it was not drawn here).
+def read_thumbnail(quicklook: Path) -> bytes:
+    """The WebP that a quicklook carries: the mask over the image. Of one that carries none, the whole sheet, small.
 
     Raises ProductError where there is no picture.
     """
     try:
         with Image.open(quicklook) as picture:
-            picture.load()
-            box = [int(part) for part in getattr(picture, "text", {}).get(_MASK_PANEL, "").split()]
-            small = picture.crop((box[0], box[1], box[2], box[3])) if len(box) == 4 else picture.copy()
-        small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR, reducing_gap=2.0)
-        out = io.BytesIO()
-        small.convert("RGB").save(out, "WEBP", quality=62)
-    except (OSError, ValueError) as error:
-        raise ProductError(f"cannot draw a thumbnail of {quicklook}: {error}; segment the scene again") from error
+            carried = picture.info.get(_THUMBNAIL)
+            return base64.b64decode(carried, validate=True) if carried else _thumbnail(picture)
+    except (OSError, ValueError, TypeError) as error:
+        raise ProductError(f"{quicklook} is no quicklook ({error}); label the scene again") from error
+
+
+def _thumbnail(picture: Image.Image) -> bytes:
+    small, out = picture.convert("RGB"), io.BytesIO()
+    small.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BILINEAR, reducing_gap=2.0)
+    small.save(out, "WEBP", quality=62)
     return out.getvalue()
 
 
@@ -181,13 +184,8 @@ def _fit(pixels: Pixels, spacing: Sequence[float]) -> Image.Image:
     return Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR)
 
 
-def _compose(
-    rows: list[list[Image.Image]], view: View, legend: Legend, fractions: Mapping[int, float]
-) -> tuple[Image.Image, tuple[int, int, int, int]]:
-    """Panels, title and legend on one sheet, and where on it the mask of the first cut is.
-
-    The cuts of a volume stand side by side, the image above its mask.
-    """
+def _compose(rows: list[list[Image.Image]], view: View, legend: Legend, fractions: Mapping[int, float]) -> Image.Image:
+    """Panels, title and legend on one sheet. The cuts of a volume stand side by side, the image above its mask."""
     grid = rows if len(rows) == 1 else [list(column) for column in zip(*rows, strict=True)]
     if len(rows) > 1:
         height = PANEL // 2
@@ -206,14 +204,11 @@ def _compose(
     sheet = Image.new("RGB", (inner + 2 * _GAP, top + body + 30 * len(lines) + _GAP), _PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((_GAP, 12), view.title, fill=_INK, font=text)
-    y, place = top, (0, 0, 0, 0)
-    masked = grid[0][-1] if len(rows) == 1 else grid[-1][0]
+    y = top
     for row in grid:
         x = _GAP
         for panel in row:
             sheet.paste(panel, (x, y))
-            if panel is masked:
-                place = (x, y, x + panel.width, y + panel.height)
             x += panel.width + _GAP
         y += max(panel.height for panel in row) + _GAP
     for line in lines:
@@ -224,7 +219,7 @@ def _compose(
             draw.text((x + 30, y + 3), label, fill=_INK, font=small)
             x += widths[entry]
         y += 30
-    return sheet, place
+    return sheet
 
 
 def _wrap(widths: Sequence[int], limit: int) -> list[list[int]]:

@@ -38,7 +38,7 @@ from segcore.spec import format_seconds
 
 #: Bytes of pictures in the page itself; the thumbnails of older scenes are taken from beside it.
 EMBEDDED_BYTES = 12 << 20
-#: Seconds for drawing thumbnails that are not there yet.
+#: Seconds for thumbnails that are not kept yet: quicklooks of older versions carry none, and drawing takes its time.
 THUMBNAIL_SECONDS = 20.0
 #: The states of scenes in the order in which they are sorted: what needs a person first.
 STATES: tuple[State, ...] = ("failed", "quarantined", "unfinished", "waiting", "done", "up to date")

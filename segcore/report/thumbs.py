@@ -1,4 +1,4 @@
-"""Thumbnails of products, drawn once and kept: a report over ten thousand scenes draws only what is new."""
+"""Thumbnails of products, taken out of their quicklooks once and kept: a report handles only what is new."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from uuid import uuid4
 
 from segcore.errors import ProductError
 from segcore.files import safe_name
-from segcore.quicklook import draw_thumbnail
+from segcore.quicklook import read_thumbnail
 from segcore.report.findings import Row
 
 #: Where they are kept, below the output folder; no scene can have a name that begins with a dot.
@@ -18,14 +18,14 @@ FOLDER = ".segflow/.thumbs"
 
 
 class Thumbnails:
-    """The thumbnails of an output folder. Those that are missing are drawn until the seconds are used up."""
+    """The thumbnails of an output folder. Those that are not kept yet are made until the seconds are used up."""
 
     def __init__(self, out: Path, seconds: float) -> None:
         self.out, self.left_out = out, 0
         self._until = time.monotonic() + seconds
 
     def of(self, row: Row) -> bytes | None:
-        """The WebP of a row; None where it has no quicklook, or the time is up (the next report will draw it)."""
+        """The WebP of a row; None where it has no quicklook, or the time is up (the next report will make it)."""
         if not row.quicklook:
             return None
         picture, kept = self.out / row.quicklook, self.path(row)
@@ -41,7 +41,7 @@ class Thumbnails:
             self.left_out += 1
             return None
         try:
-            drawn = draw_thumbnail(picture)
+            drawn = read_thumbnail(picture)
         except ProductError:
             return None
         with contextlib.suppress(OSError):  # it can be shown all the same
