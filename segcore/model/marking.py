@@ -222,11 +222,11 @@ _NORMS = _SOFTMAXES | _kinds(
     """BatchNormalization GroupNormalization InstanceNormalization LRN LayerNormalization LpNormalization
     MeanVarianceNormalization RMSNormalization"""
 )
-_OPAQUE = _kinds("Attention GRU LSTM RNN")
+OPAQUE = _kinds("Attention GRU LSTM RNN")
 LOCAL_PRODUCTS = _kinds("Conv ConvTranspose QLinearConv")
 PRODUCTS = LOCAL_PRODUCTS | _kinds("MatMul Gemm Einsum QLinearMatMul")
 #: Kinds that may gather from everywhere.
-_AGGREGATES = _NORMS | GLOBAL_POOLINGS | REDUCTIONS | _CHOICES | _OPAQUE | (PRODUCTS - LOCAL_PRODUCTS)
+_AGGREGATES = _NORMS | GLOBAL_POOLINGS | REDUCTIONS | _CHOICES | OPAQUE | (PRODUCTS - LOCAL_PRODUCTS)
 #: How kinds are marked, and which of their operands carry values: no other may depend on the image.
 _ANY, _FIRST = range(1_000_000), range(1)
 RULES: dict[str, tuple[Callable[[Marking, NodeProto], list[str]] | None, Sequence[int]]] = {
@@ -262,7 +262,7 @@ RULES: dict[str, tuple[Callable[[Marking, NodeProto], list[str]] | None, Sequenc
         (Marking._over_last_axes, _FIRST, _kinds("LayerNormalization RMSNormalization")),
         (Marking._over_axes, _FIRST, _kinds("LRN LpNormalization MeanVarianceNormalization")),
         (Marking._softmax, _FIRST, _SOFTMAXES),
-        (Marking._everything, _ANY, _OPAQUE),
+        (Marking._everything, _ANY, OPAQUE),
     )
     for kind in kinds
 }  # fmt: skip
