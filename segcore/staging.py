@@ -1,7 +1,7 @@
 """A large window of a local network in stages: what that takes, as integers and plain values.
 
     level 0   image ─ down ┐                     ┌ up ─ scores     down: in chunks, only what is pooled is kept
-    level 1          pooled ─ down ┐     ┌ up ─ risen              up:   in chunks, the encoder computed again for the skip
+    level 1          pooled ─ down ┐     ┌ up ─ risen              up: in chunks, the encoder again for the skip
     level 2                  pooled ─ inner ─ risen                inner: the rest of the network, in one piece
 
 Only deep levels see far. So a chunk of a level needs a halo of a few pixels, where a tile of the whole network needs a
@@ -29,7 +29,7 @@ _VALUE = 4
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A part of a network: multiply-adds, and bytes that the engine holds at its peak, for each pixel that it is run on.
+    """A part of a network: multiply-adds, and bytes that the engine holds at its peak, per pixel that it is run on.
 
     Of a part that takes two images, bytes and work count for each pixel of the larger one. `bytes` counts inputs and
     outputs, too.
@@ -74,8 +74,8 @@ class Level:
 class Staging:
     """How a window is run: so many outer levels in chunks, none for one plain pass.
 
-    `chunk`: largest side of what is run at once, halo included, per axis in pixels of the level that it lies in. A level
-    that fits in one chunk is run in one piece, with all that is inside of it.
+    `chunk`: largest side of what is run at once, halo included, per axis in pixels of the level that it lies in. A
+    level that fits in one chunk is run in one piece, with all that is inside of it.
     """
 
     levels: int
@@ -94,11 +94,15 @@ class Chunk:
     core: Box
 
 
-def spans(length: int, start: int, stop: int, halo: tuple[int, int], size: int, step: int) -> list[tuple[int, ...]]:
-    """Cut `start:stop` of an axis into ranges (read start, read stop, core start, core stop), each read of equal length.
+Span = tuple[int, int, int, int]
 
-    A read has at most `size` pixels, starts and ends at multiples of `step`, as `start`, `stop`, `length` and `halo` must, and
-    shows `halo` around its core but where the axis ends. There are as few as can be, and they are as short as can be.
+
+def spans(length: int, start: int, stop: int, halo: tuple[int, int], size: int, step: int) -> list[Span]:
+    """Cut `start:stop` of an axis into ranges (read start, read stop, core start, core stop).
+
+    All reads are of one length, at most `size` pixels. They lie on multiples of `step`, as `start`, `stop`, `length`
+    and `halo` must, and show `halo` around their cores but where the axis ends. There are as few as can be, and they
+    are as short as can be. Raises PlanError where `size` leaves nothing between the halos.
     """
     before, after = halo
     shared = before + after
@@ -108,10 +112,12 @@ def spans(length: int, start: int, stop: int, halo: tuple[int, int], size: int, 
         return [(low, high, start, stop)]
     largest = size // step * step
     if largest <= shared:
-        raise PlanError(f"chunks of {size} pixels leave nothing between halos of {before} and {after}; take larger ones")
+        raise PlanError(
+            f"chunks of {size} pixels leave nothing between halos of {before} and {after}; take larger ones"
+        )
     count = -(-(extent - shared) // (largest - shared))
     side = -(-(extent + (count - 1) * shared) // (count * step)) * step
-    found = []
+    found = list[Span]()
     while start < stop:
         read = min(max(low, start - before), high - side)
         end = stop if read + side == high else read + side - after
@@ -120,17 +126,16 @@ def spans(length: int, start: int, stop: int, halo: tuple[int, int], size: int, 
     return found
 
 
-def chunks(shape: tuple[int, ...], wanted: Box, halo: Sides, factor: tuple[int, ...], size: tuple[int, ...]) -> list[Chunk]:
+def chunks(
+    shape: tuple[int, ...], wanted: Box, halo: Sides, factor: tuple[int, ...], size: tuple[int, ...]
+) -> list[Chunk]:
     """Chunks of an image of this shape whose cores cover the wanted box, each pixel of it once; all reads are alike."""
     cells = wanted.snap(factor)
-    along = [
-        spans(*axis)
-        for axis in zip(shape, cells.start, cells.stop, halo, size, factor, strict=True)
-    ]
+    along = [spans(*axis) for axis in zip(shape, cells.start, cells.stop, halo, size, factor, strict=True)]
     return [Chunk(*_boxes(ranges)) for ranges in product(*along)]
 
 
-def _boxes(ranges: tuple[tuple[int, ...], ...]) -> tuple[Box, Box]:
+def _boxes(ranges: tuple[Span, ...]) -> tuple[Box, Box]:
     read_start, read_stop, core_start, core_stop = zip(*ranges, strict=True)
     return Box(read_start, read_stop), Box(core_start, core_stop)
 
@@ -178,7 +183,7 @@ class Stages:
         depth = self.depth(window, staging)
         if depth == 0:
             return int(self.inner[0].bytes * prod(window)) - _VALUE * self.channels * prod(window)
-        # The scores are there from the first chunk of `up` of level 0 on; pages outside of what is wanted are not touched.
+        # Pages of the scores that are outside of what is wanted are never touched.
         return int(max(held for held, _ in self._steps(window, wanted, staging, depth)))
 
     def work(self, window: tuple[int, ...], wanted: Box, staging: Staging) -> float:
@@ -189,7 +194,7 @@ class Stages:
         return sum(work for _, work in self._steps(window, wanted, staging, depth))
 
     def choices(self, window: tuple[int, ...]) -> Iterator[Staging]:
-        """Stagings worth a look for a window of this shape, the plain pass first; `memory` and `work` tell them apart."""
+        """Stagings worth a look for a window of this shape, the plain pass first; see `memory` and `work`."""
         yield Staging(0, window)
         for levels in range(1, len(self.levels) + 1):
             for side in CHUNKS[len(window)]:
@@ -202,7 +207,9 @@ class Stages:
                 if fits and self.depth(window, staging) == levels:
                     yield staging
 
-    def _steps(self, window: tuple[int, ...], wanted: Box, staging: Staging, depth: int) -> Iterator[tuple[float, float]]:
+    def _steps(
+        self, window: tuple[int, ...], wanted: Box, staging: Staging, depth: int
+    ) -> Iterator[tuple[float, float]]:
         """Bytes held and multiply-adds of every step, in order: down, down, ..., inner, up, up, ..."""
         shapes, boxes, kept = [window], [wanted], [0.0]
         for level in self.levels[:depth]:

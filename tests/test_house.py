@@ -23,6 +23,7 @@ FLOORS = {
     "segcore.model": 2,
     "segcore.resample": 1.5,
     "segcore.plan": 1,
+    "segcore.staging": 0.7,
     "segcore.files": 0.5,
     "segcore.grid": 0.5,
     "segcore.spec": 0.5,
@@ -41,14 +42,14 @@ HOMES = {
     "nibabel": {"segcore.io.nifti"},
     "zarr": {"segcore.io.scratch"},
     "pystac": {"segcore.io.stac"},
-    "onnxruntime": {"segcore.model.onnx", "segcore.model.graph"},
-    "onnx": {"segcore.model.graph", "segcore.model.marking"},
+    "onnxruntime": {"segcore.model.onnx", "segcore.model.graph", "segcore.model.stages"},
+    "onnx": {"segcore.model.graph", "segcore.model.marking", "segcore.model.stages"},
     "torch": {f"segcore.model.{name}" for name in ("torch", "unet", "archive", "pack")},
     "safetensors": {"segcore.model.archive", "segcore.model.pack"},
     "pydantic": {"segcore.model.card", "flows.segment"},
     "PIL": {"segcore.quicklook"},
 }
-PURE = {"segcore.errors", "segcore.files", "segcore.box", "segcore.grid", "segcore.spec", "segcore.plan"}
+PURE = {f"segcore.{name}" for name in ("errors", "files", "box", "grid", "spec", "staging", "plan")}
 
 
 def modules() -> list[tuple[str, Path]]:

@@ -73,9 +73,9 @@ class OnnxSegmenter:
 class StagedSegmenter(OnnxSegmenter):
     """An ONNX file, windows of which that are larger than a chunk are run in stages, on a CPU (`segcore.staging`).
 
-    Windows that fit in one chunk, and those whose sides do not fit the levels, are run in one pass. When made, each level
-    is run on noise in both ways. Raises ModelError where these differ, where the network has no such stages, and where
-    the file does not load; PlanError for chunks that are too small.
+    Windows that fit in one chunk, and those whose sides do not fit the levels, are run in one pass. When made, each
+    level is run on noise in both ways. Raises ModelError where these differ, where the network has no such stages, and
+    where the file does not load. A window in chunks that are too small raises PlanError.
     """
 
     def __init__(self, path: Path, threads: int, channels: int, staging: Staging) -> None:
@@ -106,7 +106,9 @@ class StagedSegmenter(OnnxSegmenter):
         # What is not wanted is not touched, and so takes no memory.
         scores = np.empty((len(batch), self.stages.scores, *window), np.float32)
         for image, out in zip(batch, scores, strict=True):
-            self._rise(out[(None, slice(None), *box.slices())], image[None], 0, box, Staging(depth, self._staging.chunk))
+            self._rise(
+                out[(None, slice(None), *box.slices())], image[None], 0, box, Staging(depth, self._staging.chunk)
+            )
         return scores
 
     def _rise(self, out: Floats, image: Floats, depth: int, wanted: Box, staging: Staging) -> None:
@@ -146,12 +148,16 @@ class StagedSegmenter(OnnxSegmenter):
         return self._inner[1]
 
     def _prove(self, path: Path, depth: int) -> None:
-        """Compare a level in chunks that are as small as they can be with what it and all inside of it give in one pass."""
+        """Compare what a level and all inside of it give in small chunks, and in one pass."""
         level = self.stages.levels[depth]
         channels = self.stages.levels[depth - 1].pooled if depth else self.stages.channels
-        chunk = tuple(n + 2 * f for n, f in zip(level.least, level.factor, strict=True))
         for cell in _CELLS:
-            image = noise((1, channels, *(-(-(n + 1) // cell) * cell for n in chunk)))
+            # Two chunks along each axis, and more along the first, so that some do not touch the border there.
+            sides = [-(-(n + 2 * f) // cell) * cell for n, f in zip(level.least, level.factor, strict=True)]
+            chunk = tuple(
+                max(n + f, side * 3 // 4 // f * f) for n, f, side in zip(level.least, level.factor, sides, strict=True)
+            )
+            image = noise((1, channels, 2 * sides[0], *sides[1:]))
             try:
                 plain = _run(self._inside(depth), [image])
             except ModelError as error:
@@ -163,8 +169,8 @@ class StagedSegmenter(OnnxSegmenter):
             if error_size <= ROUNDING["CPU"]:
                 return
             raise ModelError(
-                f"{path} gives other scores in chunks than in one pass, by {error_size:.2g} of their size in {times(image.shape[2:])} "
-                f"pixels of level {depth}; run it in one pass"
+                f"{path} gives other scores in chunks than in one pass, by {error_size:.2g} of their size in "
+                f"{times(image.shape[2:])} pixels of level {depth}; run it in one pass"
             )
         raise ModelError(f"{path} cannot be tried in chunks: {reason}")
 

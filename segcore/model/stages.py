@@ -32,6 +32,7 @@ from segcore.model.marking import (
     STANDARD,
     Marking,
     attributes_of,
+    named,
 )
 from segcore.model.onnx import session_options
 from segcore.spec import Sides
@@ -39,7 +40,7 @@ from segcore.staging import Level, Part, Stages
 
 #: Sides at which shapes are inferred: multiples of any usual stride, and all different.
 _SIDES = (1024, 1280, 1536)
-#: Cells along the side of the image in which what a part sees is looked at, by number of axes; the next where it sees the ends.
+#: Cells along the side of the image in which what a part sees is looked at, by number of axes; more if it sees ends.
 _CELLS = {2: (12, 24, 48, 96), 3: (12, 24)}
 #: Levels that are peeled at most: of a window 8 levels deep hardly anything is left.
 _MOST = 3
@@ -48,15 +49,15 @@ _FLOODING = (
     GLOBAL_POOLINGS
     | REDUCTIONS
     | OPAQUE
-    | frozenset(
+    | named(
         """ArgMax ArgMin CumSum Einsum Gemm GroupNormalization InstanceNormalization LRN LayerNormalization
-        LogSoftmax LpNormalization MatMul MeanVarianceNormalization QLinearMatMul RMSNormalization Softmax Hardmax""".split()
+        LogSoftmax LpNormalization MatMul MeanVarianceNormalization QLinearMatMul RMSNormalization Softmax Hardmax"""
     )
 )
 #: Kinds that have no neighbours and may overwrite what they read.
-_IN_PLACE = frozenset(
-    """Add BatchNormalization Celu Clip Div Elu HardSigmoid HardSwish Identity LeakyRelu Mish Mul PRelu Relu Selu Sigmoid
-    Softplus Sub Sum Swish Tanh""".split()
+_IN_PLACE = named(
+    """Add BatchNormalization Celu Clip Div Elu HardSigmoid HardSwish Identity LeakyRelu Mish Mul PRelu Relu Selu
+    Sigmoid Softplus Sub Sum Swish Tanh"""
 )
 Shapes = dict[str, tuple[int, ...]]
 
@@ -111,9 +112,13 @@ class _Cutter:
 
     def cut(self) -> Cut | None:
         """Peel one level after the other, from outside."""
-        levels, down, up, takes, inner = list[Level](), list[bytes](), list[bytes](), list[tuple[bool, bool]](), [
-            self._part([self._x], self._y)
-        ]
+        levels, down, up, takes, inner = (
+            list[Level](),
+            list[bytes](),
+            list[bytes](),
+            list[tuple[bool, bool]](),
+            [self._part([self._x], self._y)],
+        )
         x, y = self._x, self._y
         while len(levels) < _MOST and (found := self._level(x, y)) is not None:
             level, pooled, risen = found
@@ -302,7 +307,9 @@ class _Cutter:
         model = helper.make_model(graph, opset_imports=part.opset_import, ir_version=part.ir_version)
         options = session_options(self._threads)
         try:
-            session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+            session = onnxruntime.InferenceSession(
+                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
             out = session.run(None, dict(zip(sources, marks, strict=True)))[0]
         except Exception as error:  # onnxruntime's exceptions share no base but Exception
             raise ModelError(f"{self._path} cannot be marked: {one_line(error)}") from error
