@@ -86,6 +86,13 @@ class Box:
             tuple(-(-b // s) * s for b, s in zip(self.stop, stride, strict=True)),
         )
 
+    def coarse(self, factor: Sequence[int]) -> Self:
+        """The same part on a grid that is coarser by `factor`, multiples of which its starts and stops must be."""
+        return type(self)(
+            tuple(a // f for a, f in zip(self.start, factor, strict=True)),
+            tuple(b // f for b, f in zip(self.stop, factor, strict=True)),
+        )
+
     def slices(self, origin: Sequence[int] | None = None) -> tuple[slice, ...]:
         """Index of this box in an array whose first pixel lies at `origin` (default: the grid's own origin)."""
         at = (0,) * self.ndim if origin is None else origin

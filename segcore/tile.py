@@ -90,11 +90,11 @@ class _Device:
         self._segmenter, self.batch = segmenter, segmenter.batch
         self.waited = self.busy = 0.0
 
-    def __call__(self, batch: Floats) -> Floats:
+    def __call__(self, batch: Floats, wanted: Box | None) -> Floats:
         asked = time.perf_counter()
         with self._segmenter.device:
             began = time.perf_counter()
-            out = self._segmenter(batch)
+            out = self._segmenter(batch, wanted)
         self.waited += began - asked
         self.busy += time.perf_counter() - began
         return out
@@ -115,10 +115,9 @@ def _network_image(scaled: Floats, tile: Tile, plan: Plan, padding: str) -> Floa
 def _target_scores(image: Floats, tile: Tile, plan: Plan, card: Card, device: _Device) -> Floats:
     """Scores of the tile's target, (K, *target), from one window or gathered from several (blend mode)."""
     target = tile.target
-    windows = _window_scores(image, tile, card, device)
     if plan.mode != "blend":
-        window, scores = next(windows)
-        return scores[(slice(None), *target.slices(window.start))]
+        return next(_window_scores(image, tile, card, device, target))[1]
+    windows = _window_scores(image, tile, card, device)
     total = np.zeros((len(card.classes), *target.shape), np.float32)
     weights = np.zeros(target.shape, np.float32)
     for window, scores in windows:
@@ -130,21 +129,26 @@ def _target_scores(image: Floats, tile: Tile, plan: Plan, card: Card, device: _D
     return total / weights
 
 
-def _window_scores(image: Floats, tile: Tile, card: Card, device: _Device) -> Iterator[tuple[Box, Floats]]:
-    """Every window with its scores after the activation, in order, inferred in batches."""
+def _window_scores(
+    image: Floats, tile: Tile, card: Card, device: _Device, target: Box | None = None
+) -> Iterator[tuple[Box, Floats]]:
+    """Every window with its scores after the activation, in order, inferred in batches; only a target's, if given."""
     windows, origin = tile.windows, tile.hull.start
     for first in range(0, len(windows), device.batch):
         group = windows[first : first + device.batch]
         # A device may choose its arithmetic by the size of the batch: of several windows, all batches are full.
         size = 1 if len(windows) == 1 else device.batch
         batch = np.stack([image[(slice(None), *window.slices(origin))] for window in (group * size)[:size]])
-        raw = device(np.ascontiguousarray(batch, dtype=np.float32))
-        wanted = (size, 1 if card.binary and raw.shape[1] == 1 else len(card.classes), *group[0].shape)
-        if raw.shape != wanted:
+        wanted = None if target is None else target.shift([-a for a in group[0].start])
+        raw = device(np.ascontiguousarray(batch, dtype=np.float32), wanted)
+        promised = (size, 1 if card.binary and raw.shape[1] == 1 else len(card.classes), *group[0].shape)
+        if raw.shape != promised:
             raise ModelError(
                 f"the network of {card.name} turns a batch of shape {batch.shape} into {raw.shape}; its card promises "
-                f"{wanted} ({len(card.classes)} classes, the size of the window)"
+                f"{promised} ({len(card.classes)} classes, the size of the window)"
             )
+        if wanted is not None:
+            raw = raw[(slice(None), slice(None), *wanted.slices())]
         if not np.isfinite(raw).all():
             raise ModelError(f"the network of {card.name} returns NaN or infinity in {group[0]}; check its scaling")
         scores = _activate(raw[: len(group)], card.activation)

@@ -32,6 +32,7 @@ FLOORS = {
     "segcore.metrics": 1,
     "segcore.status": 1,
     "segcore.ledger": 0.75,
+    "segcore.staging": 0.7,
     "segcore.files": 0.5,
     "segcore.grid": 0.5,
     "segcore.lease": 1,
@@ -55,8 +56,8 @@ HOMES = {
     "nibabel": {"segcore.io.nifti"},
     "zarr": {"segcore.io.scratch"},
     "pystac": {"segcore.io.stac"},
-    "onnxruntime": {"segcore.model.onnx", "segcore.model.graph"},
-    "onnx": {"segcore.model.graph", "segcore.model.marking"},
+    "onnxruntime": {"segcore.model.onnx", "segcore.model.graph", "segcore.model.stages"},
+    "onnx": {"segcore.model.graph", "segcore.model.marking", "segcore.model.stages"},
     "torch": {f"segcore.model.{name}" for name in ("torch", "unet", "archive", "pack")},
     "safetensors": {"segcore.model.archive", "segcore.model.pack"},
     "pydantic": {"segcore.model.card", "flows.segment"},
@@ -67,7 +68,7 @@ HOMES = {
 PURE = {
     f"segcore.{name}"
     for name in (
-        "errors", "files", "ledger", "status", "metrics", "box", "grid", "spec", "speed", "plan", "lock", "lease",
+        "errors", "files", "ledger", "status", "metrics", "box", "grid", "spec", "speed", "staging", "plan", "lock", "lease",
         "report.charts",
     )
 }  # fmt: skip

@@ -18,6 +18,7 @@ from conftest import as_if_trained, draft
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from segcore.box import Box
 from segcore.errors import PlanError, ProductError
 from segcore.execute import Workers
 from segcore.io.memory import ArrayScene
@@ -246,7 +247,7 @@ def test_the_shortest_halo_that_will_do(tolerance: float, least: int, most: int)
 class OneSided(BoxFilter):
     """Sees 7 pixels before and none after, along every axis."""
 
-    def __call__(self, batch: np.ndarray) -> np.ndarray:
+    def __call__(self, batch: np.ndarray, wanted: Box | None = None) -> np.ndarray:
         for axis in (2, 3):
             padding = [(7, 0) if i == axis else (0, 0) for i in range(4)]
             padded, n = np.pad(batch, padding), batch.shape[axis]

@@ -100,7 +100,7 @@ def test_blended_tiles_do_not_depend_on_the_tiling(
 class Ones(BoxFilter):
     """Scores that are one everywhere."""
 
-    def __call__(self, batch: np.ndarray) -> np.ndarray:
+    def __call__(self, batch: np.ndarray, wanted: Box | None = None) -> np.ndarray:
         return np.ones((len(batch), self.classes, *batch.shape[2:]), np.float32)
 
 
@@ -124,9 +124,9 @@ def test_windows_are_padded_by_mirroring_the_scene_not_the_tile() -> None:
     seen: list[np.ndarray] = []
 
     class Spy(Ones):
-        def __call__(self, batch: np.ndarray) -> np.ndarray:
+        def __call__(self, batch: np.ndarray, wanted: Box | None = None) -> np.ndarray:
             seen.extend(batch[:, 0])
-            return super().__call__(batch)
+            return super().__call__(batch, wanted)
 
     for index in plan.indices():
         tile = plan.tile(index)
@@ -142,9 +142,9 @@ def test_tiles_without_a_valid_pixel_are_not_inferred() -> None:
     scene, called = ArrayScene(values, "yx"), []
 
     class Counting(BoxFilter):
-        def __call__(self, batch: np.ndarray) -> np.ndarray:
+        def __call__(self, batch: np.ndarray, wanted: Box | None = None) -> np.ndarray:
             called.append(len(batch))
-            return super().__call__(batch)
+            return super().__call__(batch, wanted)
 
     plan = make_plan(scene.grid, (20, 20), Sight((1, 1), symmetric((3, 3))), COST, 2**40, core=(10, 10))
     labels, scores = label_all(scene, plan, card(), Counting(3))
@@ -160,8 +160,8 @@ def test_a_network_that_breaks_its_promise_is_named() -> None:
         label_tile(plan.tile((0, 0)), plan, card(), scene, Scaling(()), BoxFilter(3, classes=2))
 
     class Broken(BoxFilter):
-        def __call__(self, batch: np.ndarray) -> np.ndarray:
-            return super().__call__(batch) * np.float32(np.nan)
+        def __call__(self, batch: np.ndarray, wanted: Box | None = None) -> np.ndarray:
+            return super().__call__(batch, wanted) * np.float32(np.nan)
 
     with pytest.raises(ModelError, match="NaN"):
         label_tile(plan.tile((0, 0)), plan, card(), scene, Scaling(()), Broken(3))

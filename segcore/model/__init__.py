@@ -9,20 +9,27 @@ from segcore.errors import ModelError
 from segcore.model.card import Card, Model
 from segcore.model.probe import Network, largest_error, rounding_of
 from segcore.model.segmenter import Segmenter
+from segcore.staging import Staging
 
 
-def load_segmenter(model: Model, threads: int) -> Segmenter:
-    """The network of a model, run with `threads` CPU threads.
+def load_segmenter(model: Model, threads: int, staging: Staging | None = None) -> Segmenter:
+    """The network of a model, run with `threads` CPU threads, and its large windows in stages where that is asked for.
 
-    Its weights are checked, and so is its card's word that it is local. Raises CardError, ModelError.
+    Its weights are checked, and so is its card's word that it is local. Raises CardError, ModelError, and PlanError for
+    a staging that the network does not have.
     """
     artifact, path = model.weights()
     segmenter: Segmenter
     with _engine(model.card):
         if artifact.format == "onnx":
-            from segcore.model.onnx import OnnxSegmenter
+            from segcore.model.onnx import OnnxSegmenter, StagedSegmenter
 
-            segmenter = OnnxSegmenter(path, threads)
+            if staging is None or staging.levels == 0:
+                segmenter = OnnxSegmenter(path, threads)
+            else:
+                segmenter = StagedSegmenter(path, threads, len(model.card.channels), staging)
+        elif staging is not None and staging.levels:
+            raise ModelError(f"model {model.card.name} is {artifact.format}; only ONNX is run in stages")
         else:
             from segcore.model.torch import TorchSegmenter, load_module
 

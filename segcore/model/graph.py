@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -75,8 +75,8 @@ class OnnxGraph:
         self._constants = _constants(model.graph)
         self.parameters = _parameters(model.graph.node, self._constants)
         self._output = model.graph.output[0].name
-        self._nodes = _needed(model.graph.node, {self._output})
-        self._data, self._context = _flow(self._nodes, self._input.name)
+        self._nodes = needed(model.graph.node, {self._output})
+        self._data, self._context = flow_of(self._nodes, self._input.name)
         self._marked: dict[bool, tuple[onnxruntime.InferenceSession, list[NodeProto]]] = {}
 
     def footprint(self, marked: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -127,7 +127,7 @@ class OnnxGraph:
         smallest = [shapes[name][2:] for name in features if len(shapes[name]) == len(shape) + 2]
         by_axis = [min(sizes) for sizes in zip(*smallest, strict=True)] or shape
         downsampling = tuple(round(n / least) for n, least in zip(shape, by_axis, strict=True))
-        return Trace(downsampling, sum(2 * _multiplications(node, shapes) for node in products) // self._batch)
+        return Trace(downsampling, sum(2 * multiplications(node, shapes) for node in products) // self._batch)
 
     def _refuse_custom_operators(self, model: ModelProto) -> None:
         local = {(function.domain, function.name) for function in model.functions}
@@ -158,10 +158,10 @@ class OnnxGraph:
         """The marking graph, its outputs the marks and whether each of the returned nodes floods; written once."""
         if judge not in self._marked:
             sizes = {name: tensor.dims for name, tensor in self._constants.items()}
-            used = {name for node in self._nodes for name in _reads(node)} | {self._output}
+            used = {name for node in self._nodes for name in reads(node)} | {self._output}
             marking = Marking(self._path, self._opset, self._data, used, sizes, judge)
             for node in self._nodes:
-                if self._data.isdisjoint(_reads(node)) or node.op_type in SHAPE_ONLY:
+                if self._data.isdisjoint(reads(node)) or node.op_type in SHAPE_ONLY:
                     marking.nodes.append(node)
                 else:
                     marking.rewrite(node)
@@ -173,8 +173,8 @@ class OnnxGraph:
 
     def _session(self, nodes: list[NodeProto], outputs: Sequence[tuple[str, int]]) -> onnxruntime.InferenceSession:
         """The model with other nodes and outputs; what it declares of types and shapes between them is dropped."""
-        nodes = _needed(nodes, {name for name, _ in outputs})
-        used = {name for node in nodes for name in _reads(node)}
+        nodes = needed(nodes, {name for name, _ in outputs})
+        used = {name for node in nodes for name in reads(node)}
         initial = [tensor for tensor in self._model.graph.initializer if tensor.name in used]
         results = [helper.make_tensor_value_info(name, kind, None) for name, kind in outputs]
         graph = helper.make_graph(nodes, "segflow", [self._input], results, initial)
@@ -225,7 +225,8 @@ def copy_whole(source: Path, target: Path) -> None:
         raise ModelError(f"{source} cannot be copied into one file: {one_line(error)}") from error
 
 
-def _multiplications(node: NodeProto, shapes: dict[str, tuple[int, ...]]) -> int:
+def multiplications(node: NodeProto, shapes: dict[str, tuple[int, ...]]) -> int:
+    """Multiply-adds of a sum of products, from the shapes of what it takes and gives."""
     values, weights = (shapes[name] for name in factors_of(node))
     if node.op_type == "ConvTranspose":
         return math.prod(values) * math.prod(weights[1:])
@@ -242,26 +243,26 @@ def _with_inner(nodes: Iterable[NodeProto]) -> Iterator[NodeProto]:
             yield from _with_inner(chain(attribute.g.node, *(body.node for body in attribute.graphs)))
 
 
-def _reads(node: NodeProto) -> set[str]:
+def reads(node: NodeProto) -> set[str]:
     """Tensors that a node depends on, those that the graphs inside of it take from outside among them."""
     return {name for inner in _with_inner([node]) for name in inner.input if name}
 
 
-def _needed(nodes: Sequence[NodeProto], outputs: set[str]) -> list[NodeProto]:
-    """The nodes that outputs depend on, in order."""
-    wanted, needed = set(outputs), list[NodeProto]()
+def needed(nodes: Sequence[NodeProto], outputs: set[str], given: Set[str] = frozenset()) -> list[NodeProto]:
+    """The nodes that outputs depend on where other tensors are given, in order."""
+    wanted, found = outputs - given, list[NodeProto]()
     for node in reversed(nodes):
         if not wanted.isdisjoint(node.output):
-            needed.append(node)
-            wanted |= _reads(node)
-    return needed[::-1]
+            found.append(node)
+            wanted |= reads(node) - given
+    return found[::-1]
 
 
-def _flow(nodes: Iterable[NodeProto], source: str) -> tuple[set[str], set[str]]:
-    """What depends on values of the source, not its shape alone, and what of it global pools and reductions made."""
-    data, context = {source}, set[str]()
+def flow_of(nodes: Iterable[NodeProto], *sources: str) -> tuple[set[str], set[str]]:
+    """What depends on values of the sources, not shapes alone, and what of it global pools and reductions made."""
+    data, context = set(sources), set[str]()
     for node in nodes:
-        operands = data & _reads(node)
+        operands = data & reads(node)
         if operands and node.op_type not in SHAPE_ONLY:
             data.update(filter(None, node.output))
             if node.op_type in GLOBAL_POOLINGS | REDUCTIONS or operands <= context:
@@ -277,6 +278,6 @@ def _constants(graph: GraphProto) -> dict[str, TensorProto]:
 
 
 def _parameters(nodes: Iterable[NodeProto], constants: dict[str, TensorProto]) -> int:
-    read = {name for node in nodes if node.op_type not in _SETTINGS for name in _reads(node)}
+    read = {name for node in nodes if node.op_type not in _SETTINGS for name in reads(node)}
     weights = [tensor for name, tensor in constants.items() if name in read and tensor.data_type in _WEIGHTS]
     return sum(math.prod(tensor.dims) for tensor in weights if tensor.dims)

@@ -208,61 +208,62 @@ class Marking:
         return [self.op("Max", self.filled(output, 0), *seen) for output in self.copy(node, node.input)]
 
 
-def _kinds(names: str) -> frozenset[str]:
+def named(names: str) -> frozenset[str]:
+    """Kinds of operators, from a list in words."""
     return frozenset(names.split())
 
 
-SHAPE_ONLY = _kinds("Shape Size")
-POOLINGS = _kinds("MaxPool AveragePool LpPool")
-GLOBAL_POOLINGS = _kinds("GlobalAveragePool GlobalMaxPool GlobalLpPool")
-_CHOICES = _kinds("ArgMax ArgMin")
-REDUCTIONS = frozenset(f"Reduce{kind}" for kind in _kinds("L1 L2 LogSum LogSumExp Max Mean Min Prod Sum SumSquare"))
-_SOFTMAXES = _kinds("Softmax LogSoftmax Hardmax")
-_NORMS = _SOFTMAXES | _kinds(
+SHAPE_ONLY = named("Shape Size")
+POOLINGS = named("MaxPool AveragePool LpPool")
+GLOBAL_POOLINGS = named("GlobalAveragePool GlobalMaxPool GlobalLpPool")
+_CHOICES = named("ArgMax ArgMin")
+REDUCTIONS = frozenset(f"Reduce{kind}" for kind in named("L1 L2 LogSum LogSumExp Max Mean Min Prod Sum SumSquare"))
+_SOFTMAXES = named("Softmax LogSoftmax Hardmax")
+_NORMS = _SOFTMAXES | named(
     """BatchNormalization GroupNormalization InstanceNormalization LRN LayerNormalization LpNormalization
     MeanVarianceNormalization RMSNormalization"""
 )
-_OPAQUE = _kinds("Attention GRU LSTM RNN")
-LOCAL_PRODUCTS = _kinds("Conv ConvTranspose QLinearConv")
-PRODUCTS = LOCAL_PRODUCTS | _kinds("MatMul Gemm Einsum QLinearMatMul")
+OPAQUE = named("Attention GRU LSTM RNN")
+LOCAL_PRODUCTS = named("Conv ConvTranspose QLinearConv")
+PRODUCTS = LOCAL_PRODUCTS | named("MatMul Gemm Einsum QLinearMatMul")
 #: Kinds that may gather from everywhere.
-_AGGREGATES = _NORMS | GLOBAL_POOLINGS | REDUCTIONS | _CHOICES | _OPAQUE | (PRODUCTS - LOCAL_PRODUCTS)
+_AGGREGATES = _NORMS | GLOBAL_POOLINGS | REDUCTIONS | _CHOICES | OPAQUE | (PRODUCTS - LOCAL_PRODUCTS)
 #: How kinds are marked, and which of their operands carry values: no other may depend on the image.
 _ANY, _FIRST = range(1_000_000), range(1)
 RULES: dict[str, tuple[Callable[[Marking, NodeProto], list[str]] | None, Sequence[int]]] = {
     kind: (write, carrying)
     for write, carrying, kinds in (
-        (Marking._element_wise, _ANY, _kinds(
+        (Marking._element_wise, _ANY, named(
             """Abs Acos Acosh Add And Asin Asinh Atan Atanh BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Ceil
             Celu Clip Cos Cosh Div Elu Equal Erf Exp Floor Gelu Greater GreaterOrEqual HardSigmoid HardSwish IsInf IsNaN
             LeakyRelu Less LessOrEqual Log Max Mean Min Mish Mod Mul Neg Not Or PRelu Pow Reciprocal Relu Round Selu
             Shrink Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Sub Sum Swish Tan Tanh ThresholdedRelu Where Xor"""
         )),
-        (Marking._moved, _FIRST, _kinds(
+        (Marking._moved, _FIRST, named(
             """DepthToSpace Expand Flatten Gather GatherElements GatherND Identity Reshape Slice SpaceToDepth Split
             Squeeze Tile Transpose Trilu Unsqueeze"""
         )),
-        (Marking._moved, (0, 2), _kinds("ScatterElements ScatterND")),
-        (Marking._moved, _ANY, _kinds("Concat")),
-        (Marking._padded, _FIRST, _kinds("Pad")),
-        (Marking._alike, _FIRST, _kinds("Cast DequantizeLinear Dropout QuantizeLinear")),
-        (Marking._alike, _ANY, _kinds("CastLike")),
-        (Marking._multiplied, (0, 1), _kinds("Conv ConvTranspose Gemm MatMul")),
-        (Marking._multiplied, (0, 3), _kinds("QLinearConv QLinearMatMul")),
-        (Marking._multiplied, _ANY, _kinds("Einsum")),
-        (Marking._summed, _FIRST, _kinds("CumSum")),
+        (Marking._moved, (0, 2), named("ScatterElements ScatterND")),
+        (Marking._moved, _ANY, named("Concat")),
+        (Marking._padded, _FIRST, named("Pad")),
+        (Marking._alike, _FIRST, named("Cast DequantizeLinear Dropout QuantizeLinear")),
+        (Marking._alike, _ANY, named("CastLike")),
+        (Marking._multiplied, (0, 1), named("Conv ConvTranspose Gemm MatMul")),
+        (Marking._multiplied, (0, 3), named("QLinearConv QLinearMatMul")),
+        (Marking._multiplied, _ANY, named("Einsum")),
+        (Marking._summed, _FIRST, named("CumSum")),
         (Marking._pooled, _FIRST, POOLINGS),
-        (Marking._resized, _FIRST, _kinds("Resize Upsample")),
+        (Marking._resized, _FIRST, named("Resize Upsample")),
         (Marking._reduced, _FIRST, REDUCTIONS),
         (Marking._chosen, _FIRST, _CHOICES),
         (Marking._pooled_globally, _FIRST, GLOBAL_POOLINGS),
-        (Marking._batch_normalised, _FIRST, _kinds("BatchNormalization")),
-        (Marking._over_space, _FIRST, _kinds("InstanceNormalization")),
-        (Marking._over_groups, _FIRST, _kinds("GroupNormalization")),
-        (Marking._over_last_axes, _FIRST, _kinds("LayerNormalization RMSNormalization")),
-        (Marking._over_axes, _FIRST, _kinds("LRN LpNormalization MeanVarianceNormalization")),
+        (Marking._batch_normalised, _FIRST, named("BatchNormalization")),
+        (Marking._over_space, _FIRST, named("InstanceNormalization")),
+        (Marking._over_groups, _FIRST, named("GroupNormalization")),
+        (Marking._over_last_axes, _FIRST, named("LayerNormalization RMSNormalization")),
+        (Marking._over_axes, _FIRST, named("LRN LpNormalization MeanVarianceNormalization")),
         (Marking._softmax, _FIRST, _SOFTMAXES),
-        (Marking._everything, _ANY, _OPAQUE),
+        (Marking._everything, _ANY, OPAQUE),
     )
     for kind in kinds
 }  # fmt: skip

@@ -8,6 +8,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from segcore.box import Box
+
 Floats = NDArray[np.float32]
 
 
@@ -25,8 +27,12 @@ class Segmenter(Protocol):
     batch: int
     """How many windows it likes to get at once."""
 
-    def __call__(self, batch: Floats) -> Floats:
-        """Raw outputs (N, K, *window) for scaled windows (N, C, *window), both contiguous. Raises ModelError."""
+    def __call__(self, batch: Floats, wanted: Box | None = None) -> Floats:
+        """Raw outputs (N, K, *window) for scaled windows (N, C, *window), both contiguous. Raises ModelError.
+
+        `wanted`: the box that is needed of each window, counted from its corner; None for all of it. Scores outside may
+        be anything.
+        """
         ...
 
 
@@ -34,7 +40,7 @@ class BoxFilter:
     """The fake beside the protocol: a local network whose K outputs are shifted means over (2 r + 1)^d pixels.
 
     It pads with zeros at the border of what it sees, as convolutions do, reaches exactly `reach` pixels and has
-    stride 1, so the laws of tiling can be told by it from their violations.
+    stride 1, so the laws of tiling can be told by it from their violations. What is not wanted is NaN.
     """
 
     engine = "fake"
@@ -44,7 +50,7 @@ class BoxFilter:
         self.device = threading.Lock()
         self.reach, self.classes = reach, classes
 
-    def __call__(self, batch: Floats) -> Floats:
+    def __call__(self, batch: Floats, wanted: Box | None = None) -> Floats:
         out = batch.mean(axis=1, keepdims=True, dtype=np.float32)
         for axis in range(2, out.ndim):
             padding = [(0, 0)] * out.ndim
@@ -56,7 +62,13 @@ class BoxFilter:
                 total = total + np.take(padded, range(shift, shift + n), axis=axis)
             out = (total / np.float32(2 * self.reach + 1)).astype(np.float32)
         levels = np.linspace(-1, 1, self.classes, dtype=np.float32).reshape(1, -1, *(1,) * (out.ndim - 2))
-        return -np.abs(out - levels)
+        scores = -np.abs(out - levels)
+        if wanted is None:
+            return scores
+        at = (slice(None), slice(None), *wanted.slices())
+        hidden = np.full_like(scores, np.nan)
+        hidden[at] = scores[at]
+        return hidden
 
 
 def _conforms(fake: BoxFilter) -> Segmenter:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from segcore.box import Box
 from segcore.errors import CardError, ModelError, one_line
 from segcore.model.archive import open_export, read_state
 from segcore.model.card import Artifact, NetworkClass
@@ -84,7 +85,7 @@ class TorchSegmenter:
         self.engine = f"torch {torch.__version__} ({on})"
         self.batch = 1 if self._device.type == "cpu" else 16
 
-    def __call__(self, batch: Floats) -> Floats:
+    def __call__(self, batch: Floats, wanted: Box | None = None) -> Floats:
         try:
             with torch.inference_mode():
                 # OpenMP keeps the number of threads per calling thread, so it is said in each of them.
