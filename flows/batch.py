@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from segcore.errors import CardError, PlanError, ProductError, SegcoreError, one_line
-from segcore.io import find_scenes, product_name
+from segcore.io import find_scenes, product_names
 from segcore.model.card import built_in_models, load_card
 from segcore.publish import write_json
 from segcore.scene import Outcome
@@ -93,12 +93,12 @@ def find_jobs(arguments: Sequence[str], model: str, out: str, settings: Settings
     """
     loaded = load_card(model)
     loaded.weights()
-    uris = find_scenes(arguments)
+    uris = find_scenes(arguments, channel=loaded.card.channels[0].name).strict()
     if not uris:
         raise PlanError("no scene was named; give files, folders, globs, list files or STAC Items")
     named: dict[str, list[str]] = defaultdict(list)
-    for uri in uris:
-        named[product_name(uri)].append(uri)
+    for uri, name in product_names(uris).items():
+        named[name].append(uri)
     for name, same in named.items():
         if name == RUN_FILE:
             raise PlanError(f"{same[0]} would write {Path(out) / name}, which is the file of the run; rename the scene")

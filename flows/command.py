@@ -135,7 +135,7 @@ def plan(
     from segcore.io import find_scenes, product_name
     from segcore.scene import provenance, survey
 
-    uris = find_scenes([scene])
+    uris = find_scenes([scene]).strict()
     if len(uris) > 1:
         raise PlanError(f"{scene} names {len(uris)} scenes; plan one at a time, such as {uris[0]}")
 

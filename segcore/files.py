@@ -52,12 +52,7 @@ def safe_name(name: str) -> str:
 
 
 def file_identity(uri: str) -> dict[str, Any]:
-    """Size and time of change of a file, for the fingerprint of a product. Remote files are known by their URI alone.
-
-    Raises SceneError where there is no such file.
-    """
-    if is_remote(uri):
-        return {"uri": uri}
+    """Size and time of change of a local file, for the fingerprint of a product. Raises SceneError where it is not."""
     try:
         status = os.stat(local_path(uri))
     except OSError as error:

@@ -41,6 +41,7 @@ HOMES = {
     "nibabel": {"segcore.io.nifti"},
     "zarr": {"segcore.io.scratch"},
     "pystac": {"segcore.io.stac"},
+    "obstore": {"segcore.io.objects"},
     "onnxruntime": {"segcore.model.onnx", "segcore.model.graph"},
     "onnx": {"segcore.model.graph", "segcore.model.marking"},
     "torch": {f"segcore.model.{name}" for name in ("torch", "unet", "archive", "pack")},
