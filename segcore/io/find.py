@@ -143,27 +143,25 @@ class _Finder:
     def _matching(self, pattern: str) -> Iterator[str | Problem]:
         """The files and folders that a glob names; of one with `**` the files only. Products are passed over."""
         matches = sorted(glob.glob(pattern, recursive=True))
+        folders = {match for match in matches if os.path.isdir(match)}  # noqa: PTH112 (called for every match)
         if "**" in pattern:
-            matches = [match for match in matches if not Path(match).is_dir()]
-        matches = [match for match in matches if not self._in_product(match)]
-        found = list(self._each(matches, self._match))
+            matches = [match for match in matches if match not in folders]
+        matches = [
+            match
+            for match in matches
+            if not self._is_product(os.path.dirname(match) or ".")  # noqa: PTH120 (called for every match)
+            and not (match in folders and (self._is_product(match) or not _holds_scene(Path(match))))
+        ]
+        found = list(self._each(matches, self.expand))
         if not found:
             raise SceneError(f"{pattern}: there is no such file, or no folder with a scene; check the pattern")
         yield from found
 
-    def _match(self, match: str) -> Iterator[str | Problem]:
-        if Path(match).is_dir() and not _holds_scene(Path(match)):
-            return
-        yield from self.expand(match)
-
-    def _in_product(self, path: str) -> bool:
-        """Whether a path is a product of segflow, or a file of one."""
-        for folder in (path, os.path.dirname(path)):  # noqa: PTH120 (called for every match)
-            if folder not in self.products:
-                self.products[folder] = Path(folder).is_dir() and _is_product(folder, os.listdir(folder))
-            if self.products[folder]:
-                return True
-        return False
+    def _is_product(self, folder: str) -> bool:
+        if folder not in self.products:
+            with contextlib.suppress(OSError):
+                self.products[folder] = _is_product(folder, os.listdir(folder))
+        return self.products.get(folder, False)
 
     def _listed(self, path: Path) -> Iterator[str | Problem]:
         """The arguments in a text file, relative to its folder; lines that are empty or begin with # are left out."""

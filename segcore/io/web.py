@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from http.client import HTTPException, HTTPResponse
+from http.client import HTTPException, HTTPResponse, InvalidURL
 from ssl import SSLError
 from typing import Any, TypeVar
 from urllib.error import HTTPError, URLError
@@ -127,7 +127,7 @@ def _ask(
         except (OSError, HTTPException, ValueError) as error:
             cause = error.reason if isinstance(error, URLError) else error
             reason = one_line(cause) if isinstance(cause, BaseException) else str(cause)
-            if isinstance(error, ValueError) or isinstance(cause, SSLError) or not urlsplit(url).hostname:
+            if isinstance(error, (ValueError, InvalidURL)) or isinstance(cause, SSLError) or not urlsplit(url).hostname:
                 raise SceneError(f"{url} cannot be asked ({reason}); check the address") from error
         if attempt + 1 == TRIES or time.monotonic() + pause > until:
             break
