@@ -29,7 +29,9 @@ def local_path(uri: str) -> Path:
 
 def absolute(uri: str) -> str:
     """The URI as every process understands it: remote ones as they are, local ones as an absolute path."""
-    return uri if is_remote(uri) else os.path.abspath(local_path(uri))  # noqa: PTH100 (links stay)
+    if is_remote(uri):
+        return uri
+    return os.path.abspath(local_path(uri) if uri.startswith("file://") else uri)  # noqa: PTH100 (links stay)
 
 
 def scene_name(uri: str) -> str:

@@ -101,8 +101,8 @@ def server() -> Iterator[Server]:
     thread.join()
 
 
-#: Serves a folder with ranges and ETags, none under `silent`, nothing under `closed`. GDAL opens files with Python's
-#: lock held, so that a thread of the same process could not answer it.
+#: Serves a folder with ranges and ETags, none under `silent`, nothing under `closed`. Opening and reading through GDAL
+#: holds Python's lock for most of the time, so that a thread of the same process could not answer.
 _FILES = """
 import os, sys
 from email.utils import formatdate

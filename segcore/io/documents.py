@@ -6,11 +6,12 @@ import json
 import os
 import posixpath
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin
 
 from segcore.errors import SceneError, one_line
-from segcore.files import absolute, is_remote, local_path
+from segcore.files import absolute, is_remote
 from segcore.io.objects import object_address, read_object
 from segcore.io.web import fetch_json, is_web
 
@@ -45,9 +46,10 @@ def read_json(uri: str) -> Document:
         return Document(page.value, page.url)
     if is_remote(uri) and object_address(uri) is None:
         raise SceneError(f"{uri}: documents are read from files, http(s) and object storage; copy it to one of these")
+    place = absolute(uri)
     try:
-        text = read_object(uri) if is_remote(uri) else local_path(uri).read_bytes()
-        return Document(json.loads(text.removeprefix(b"\xef\xbb\xbf")), absolute(uri))
+        text = read_object(uri) if is_remote(uri) else Path(place).read_bytes()
+        return Document(json.loads(text.removeprefix(b"\xef\xbb\xbf")), place)
     except (OSError, ValueError, RecursionError) as error:
         raise SceneError(f"{uri} is no readable STAC document ({one_line(error)}); check the file") from error
 
