@@ -26,6 +26,7 @@ from flows.batch import STOPPED, Limits, SceneRecord, State, Summary
 from flows.console import Reporter
 from segcore import ledger
 from segcore.errors import InUseError, PoisonError, ProductError, SegcoreError, StoppedError, one_line
+from segcore.io import Problem
 from segcore.lease import Leases, guarding
 from segcore.lock import Guarding
 from segcore.metrics import write_metrics
@@ -88,6 +89,7 @@ class Archive:
     drain: Callable[[], None]
     reporter: Reporter
     limits: Limits = field(default_factory=Limits)
+    problems: Sequence[Problem] = ()
     label_alone: Label | None = None
     retry: bool = True
     command: str = ""
@@ -109,7 +111,9 @@ class Archive:
         """Label the scenes. Returns what became of them; a signal raises SystemExit, with everything written."""
         self._started, self._began = ledger.now(), time.monotonic()
         waiting, suspects = self._arrange()
-        self._event(ledger.RUN_STARTED, total=len(self.jobs), model=self.jobs[0].model, command=self.command)
+        self._event(ledger.RUN_STARTED, total=self._total, model=self.jobs[0].model, command=self.command)
+        for problem in self.problems:
+            self._settle(SceneRecord(problem.what, problem.what, "failed", 0.0, problem.reason, "SceneError"))
         self._write_run()
         over = threading.Event()
         heart = threading.Thread(target=self._beat, args=(over,), name="heartbeat", daemon=True)
@@ -132,6 +136,10 @@ class Archive:
     @property
     def out(self) -> Path:
         return Path(self.jobs[0].out)
+
+    @property
+    def _total(self) -> int:
+        return len(self.jobs) + len(self.problems)
 
     def _arrange(self) -> tuple[deque[_Visit], deque[_Visit]]:
         """The scenes in order, and those that were under way when an earlier run died: they come last, and alone."""
@@ -309,7 +317,8 @@ class Archive:
     def _summary(self, ended: bool) -> Summary:
         seconds = time.monotonic() - self._began
         with self._lock:
-            records = tuple(self._records[job.name] for job in self.jobs if job.name in self._records)
+            names = [*(job.name for job in self.jobs), *(problem.what for problem in self.problems)]
+            records = tuple(self._records[name] for name in names if name in self._records)
         first = self.jobs[0]
         described = {"model": first.model, "out": first.out, "settings": asdict(first.settings)}
         return Summary(
@@ -319,7 +328,7 @@ class Archive:
             seconds,
             records,
             described,
-            len(self.jobs),
+            self._total,
             ended,
             tuple(self.warnings),
             self._reason,

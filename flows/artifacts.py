@@ -22,7 +22,7 @@ from prefect.events import emit_event
 
 from flows.batch import SceneRecord, Summary
 from segcore.errors import ProductError
-from segcore.quicklook import draw_thumbnail
+from segcore.quicklook import read_thumbnail
 
 #: Emitted for every product that is new; automations wait for it.
 PRODUCT_FINISHED = "segflow.product.finished"
@@ -117,7 +117,7 @@ def _picture(record: SceneRecord) -> str:
     shares = ", ".join(f"{share['name']} {share['fraction']:.1%}" for share in record.details.get("classes", ()))
     lines = [f"**{_plain(record.name)}**", _plain(shares)]
     with contextlib.suppress(ProductError, OSError):
-        drawn = draw_thumbnail(manifest.with_name(f"{manifest.stem}_quicklook.png"))
+        drawn = read_thumbnail(manifest.with_name(f"{manifest.stem}_quicklook.png"))
         lines.append(f"![quicklook](data:image/webp;base64,{base64.b64encode(drawn).decode()})")
     return "\n\n".join(lines)
 

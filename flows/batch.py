@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from segcore.errors import CardError, PlanError, ProductError
-from segcore.io import find_scenes, product_name
+from segcore.io import Problem, find_scenes, product_names
 from segcore.ledger import RUN_FILES
 from segcore.model.card import built_in_models, load_card
 from segcore.scene import Deadlines
 from segcore.spec import Job, Settings
+from segcore.survey import HIDDEN
 
 State = Literal["done", "up to date", "failed", "quarantined"]
 
@@ -134,31 +135,46 @@ class Summary:
         }
 
 
-def find_jobs(arguments: Sequence[str], model: str, out: str, settings: Settings) -> list[Job]:
-    """The jobs of a batch, or a refusal before anything is done.
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What a run is to do: its jobs, and what was named but leads to no scene, which fails at once."""
 
-    Raises SegcoreError where a scene is not there, the model is not what its card says, two scenes would write the
-    same product, or `out` cannot be written.
+    jobs: list[Job]
+    problems: tuple[Problem, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.jobs) + len(self.problems)
+
+
+def find_jobs(arguments: Sequence[str], model: str, out: str, settings: Settings, folders: int = 0) -> Batch:
+    """The jobs of a run, or a refusal before anything is done.
+
+    `folders`: how many names of folders are put in front of a product's name. Raises SegcoreError where an argument
+    leads nowhere or to no scene at all, the model is not what its card says, two scenes would write the same product,
+    or `out` cannot be written.
     """
     loaded = load_card(model)
     loaded.weights()
-    uris = find_scenes(arguments)
+    items = Path(out) / HIDDEN / ".items"  # no product has a name with a dot in front
+    found = find_scenes(arguments, channel=loaded.card.channels[0].name, keep=items)
+    uris = found.uris or found.strict()
     if not uris:
         raise PlanError("no scene was named; give files, folders, globs, list files or STAC Items")
     named: dict[str, list[str]] = defaultdict(list)
-    for uri in uris:
-        named[product_name(uri)].append(uri)
+    for uri, name in product_names(uris, folders).items():
+        named[name].append(uri)
     for name, same in named.items():
         if name in RUN_FILES:
             raise PlanError(f"{same[0]} would write {Path(out) / name}, which is a file of the run; rename the scene")
         if len(same) > 1:
             raise PlanError(
-                f"{len(same)} scenes would all write {Path(out) / name}: {', '.join(same[:3])}; run them with "
-                f"different --out folders"
+                f"{len(same)} scenes would all write {Path(out) / name}: {', '.join(same[:3])}; put names of "
+                f"folders in front (--name-folders), or run them with different --out folders"
             )
     _check_writable(Path(out))
     reference = model if model in built_in_models() else str(loaded.folder)
-    return [Job(name, uri, reference, str(Path(out).absolute()), settings) for name, (uri,) in named.items()]
+    jobs = [Job(name, uri, reference, str(Path(out).absolute()), settings) for name, (uri,) in named.items()]
+    return Batch(jobs, tuple(found.problems))
 
 
 def _check_writable(out: Path) -> None:

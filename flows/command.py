@@ -17,7 +17,7 @@ import typer
 
 from flows import reports
 from flows.archive import Archive, guards_of
-from flows.batch import NOTHING_RUN, Limits, find_jobs
+from flows.batch import NOTHING_RUN, Batch, Limits, find_jobs
 from flows.console import Reporter, reporting
 from flows.models import AsJson, models
 from flows.options import (
@@ -30,6 +30,7 @@ from flows.options import (
     ModelName,
     ModeName,
     ModeOption,
+    NameFolders,
     Offset,
     Out,
     Overlap,
@@ -51,7 +52,7 @@ from flows.planning import plan
 from flows.preview import preview
 from flows.servers import servers
 from segcore.errors import PlanError, SegcoreError, one_line
-from segcore.spec import Job, Settings, parse_seconds
+from segcore.spec import Settings, parse_seconds
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -91,6 +92,7 @@ def run(
     retry_failed: RetryFailed = False,
     scenes_at_once: ScenesAtOnce = None,
     leases: LeasesUrl = None,
+    name_folders: NameFolders = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
     prefect: Annotated[
         bool | None,
@@ -113,15 +115,15 @@ def run(
         scenes_at_once,
     )
     settings = settings_of(memory, tile, mode, overlap, weights, tolerance, scores, bands, scale, offset)
-    jobs = find_jobs(scenes, model, out, settings)
+    batch = find_jobs(scenes, model, out, settings, name_folders)
     if dry_run:
-        raise typer.Exit(preview(jobs, limits, as_json))
+        raise typer.Exit(preview(batch, limits, as_json))
     as_flow = server_is_configured() if prefect is None else prefect
     with reporting(quiet=as_json) as reporter:
         if as_flow:
-            summary = _run_flow(jobs, settings, cluster, workers, limits, leases, reporter)
+            summary = _run_flow(batch, scenes, name_folders, settings, cluster, workers, limits, leases, reporter)
         else:
-            summary = _run_here(jobs, cluster, workers, limits, leases, reporter)
+            summary = _run_here(batch, cluster, workers, limits, leases, reporter)
     for warning in summary["warnings"]:
         print(f"warning: {warning}", file=sys.stderr)
     if as_json:
@@ -187,11 +189,11 @@ def demo(
     with reporting(quiet=False) as reporter:
         ran = []
         for scene, model in ((item, examples.CLOUD_MODEL), (volume, examples.BRAIN_MODEL)):
-            jobs = find_jobs([str(scene)], model, out, Settings())
+            batch = find_jobs([str(scene)], model, out, Settings())
             if prefect:
-                summary = _run_flow(jobs, Settings(), None, None, Limits(), None, reporter)
+                summary = _run_flow(batch, [str(scene)], 0, Settings(), None, None, Limits(), None, reporter)
             else:
-                summary = _run_here(jobs, None, None, Limits(), None, reporter)
+                summary = _run_here(batch, None, None, Limits(), None, reporter)
             worst = max(worst, summary["exit_code"])
             ran += summary["scenes"]
         if worst == 0 and any(record["state"] == "done" for record in ran):
@@ -219,7 +221,7 @@ def server_is_configured() -> bool:
     return bool(PREFECT_API_URL.value())
 
 
-def processes_for(jobs: list[Job], cluster: str | None, workers: int | None, limits: Limits) -> int:
+def processes_for(scenes: int, cluster: str | None, workers: int | None, limits: Limits) -> int:
     """Worker processes: none for one scene, which then starts at once; one where a tile must not take all with it."""
     if cluster is not None:
         if workers is not None:
@@ -227,14 +229,14 @@ def processes_for(jobs: list[Job], cluster: str | None, workers: int | None, lim
         return 0
     ended_by_force = limits.tile_seconds is not None or limits.scene_seconds is not None
     if workers is None:
-        return int(len(jobs) > 1 or ended_by_force)
+        return int(scenes > 1 or ended_by_force)
     if workers == 0 and ended_by_force:
         raise PlanError("--tile-timeout and --scene-timeout end worker processes; use --workers 1, or leave them out")
     return workers
 
 
 def _run_here(
-    jobs: list[Job],
+    batch: Batch,
     cluster: str | None,
     workers: int | None,
     limits: Limits,
@@ -245,18 +247,28 @@ def _run_here(
     from segcore.crew import Crew
 
     run_id = uuid4().hex
-    guards = guards_of(run_id, len(jobs), leases)
-    with Crew(cluster, processes_for(jobs, cluster, workers, limits), limits.deadlines, guards) as crew:
+    guards = guards_of(run_id, len(batch), leases)
+    with Crew(cluster, processes_for(len(batch), cluster, workers, limits), limits.deadlines, guards) as crew:
         alone = crew.label_alone if crew.in_this_process else None
         command = " ".join(sys.argv[1:])
         archive = Archive(
-            jobs, crew.label, crew.drain, reporter, limits, label_alone=alone, command=command, run_id=run_id
+            batch.jobs,
+            crew.label,
+            crew.drain,
+            reporter,
+            limits,
+            batch.problems,
+            label_alone=alone,
+            command=command,
+            run_id=run_id,
         )
         return archive.run().to_json()
 
 
 def _run_flow(
-    jobs: list[Job],
+    batch: Batch,
+    scenes: list[str],
+    name_folders: int,
     settings: Settings,
     cluster: str | None,
     workers: int | None,
@@ -265,7 +277,7 @@ def _run_flow(
     reporter: Reporter,
 ) -> dict[str, Any]:
     """Run the archive as a Prefect flow, on the configured server or on the embedded one."""
-    processes = processes_for(jobs, cluster, workers, limits)
+    processes = processes_for(len(batch), cluster, workers, limits)
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
     where = os.environ.get("PREFECT_API_URL") if server_is_configured() else None
     reporter.note(f"flow        {where or 'on the embedded Prefect server, which takes 10 to 25 seconds to start'}")
@@ -282,9 +294,10 @@ def _run_flow(
         seconds = parameters.pop(given)
         parameters[wanted] = None if seconds is None else f"{seconds:g}s"
     state = segment(
-        scenes=[job.uri for job in jobs],
-        model=jobs[0].model,
-        out=jobs[0].out,
+        scenes=scenes,
+        model=batch.jobs[0].model,
+        out=batch.jobs[0].out,
+        name_folders=name_folders,
         cluster=cluster,
         workers=processes,
         leases=leases,

@@ -59,6 +59,9 @@ MaxFailureRate = Annotated[float | None, typer.Option(help="Stop when more than 
 TileTimeout = Annotated[str | None, typer.Option(help="Time that a tile is given, such as 10m; then its worker ends.")]
 SceneTimeout = Annotated[str | None, typer.Option(help="Time that the tiles of a scene are given, such as 4h.")]
 RetryFailed = Annotated[bool, typer.Option("--retry-failed", help="Try scenes that are quarantined again, too.")]
+NameFolders = Annotated[
+    int, typer.Option(min=0, help="Put the names of so many folders in front of a product's name: T33UUP_20240101_B02.")
+]
 LeasesUrl = Annotated[
     str | None,
     typer.Option("--leases", help="Where hosts agree who labels a scene (s3://bucket/prefix, a mounted folder)."),

@@ -59,7 +59,7 @@ def plan(
     from segcore.io import find_scenes, product_name
     from segcore.survey import survey
 
-    uris = find_scenes([scene])
+    uris = find_scenes([scene]).strict()
     if len(uris) > 1:
         raise PlanError(f"{scene} names {len(uris)} scenes; plan one at a time, such as {uris[0]}")
     settings = settings_of(memory, tile, mode, overlap, weights, tolerance, scores, bands, scale, offset)

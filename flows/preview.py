@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from flows.batch import ALL_DONE, SOME_FAILED, Limits
+from flows.batch import ALL_DONE, SOME_FAILED, Batch, Limits
 from segcore.errors import SegcoreError
 from segcore.ledger import LEDGER_FILE, Ledger
 from segcore.publish import is_current, manifest_path
@@ -35,11 +35,14 @@ class Foreseen:
     reason: str = ""
 
 
-def preview(jobs: Sequence[Job], limits: Limits, as_json: bool) -> int:
+def preview(batch: Batch, limits: Limits, as_json: bool) -> int:
     """Print what a run would do. Returns the exit code: 1 where a scene would be refused."""
-    ledger = Ledger(Path(jobs[0].out) / LEDGER_FILE)
-    found = []
-    for job in jobs:
+    ledger = Ledger(Path(batch.jobs[0].out) / LEDGER_FILE)
+    found = [Foreseen(problem.what, problem.what, "refused", reason=problem.reason) for problem in batch.problems]
+    if not as_json:
+        for scene in found:
+            print(_line(scene))
+    for job in batch.jobs:
         entry = ledger.get(job.name)
         if entry is not None and entry.state == "quarantined" and not limits.retry_failed:
             found.append(Foreseen(job.name, job.uri, "quarantined", reason=entry.reason))

@@ -24,7 +24,7 @@ from pydantic import Field
 
 from flows.archive import Archive, guards_of
 from flows.artifacts import Bars, Showcase
-from flows.batch import Limits, SceneRecord, Summary, find_jobs
+from flows.batch import Batch, Limits, SceneRecord, Summary, find_jobs
 from flows.console import Lines, Reporter, current_reporter, report_to
 from flows.servers import HOST, PROCESS
 from segcore.crew import Crew
@@ -103,6 +103,7 @@ def segment(
     tile_timeout: Annotated[str | None, Field(description="Time that a tile is given, such as 10m")] = None,
     scene_timeout: Annotated[str | None, Field(description="Time that the tiles of a scene are given, as 4h")] = None,
     retry_failed: Annotated[bool, Field(description="Try scenes that are quarantined again")] = False,
+    name_folders: Annotated[int, Field(ge=0, description="Names of folders in front of a product's name")] = 0,
     leases: Annotated[str | None, Field(description="Where hosts agree who labels a scene: s3://bucket/prefix")] = None,
     scenes_at_once: Annotated[int | None, Field(ge=1, description="Scenes that are labelled side by side")] = None,
 ) -> State[Any]:
@@ -133,8 +134,8 @@ def segment(
             scenes_at_once,
         )
         _claim()
-        jobs = find_jobs(scenes, model, out, settings)
-        summary = _label(jobs, cluster, workers, limits, leases)
+        batch = find_jobs(scenes, model, out, settings, name_folders)
+        summary = _label(batch, cluster, workers, limits, leases)
     except SegcoreError as error:
         return Failed(message=str(error))
     if summary.failed:
@@ -143,15 +144,15 @@ def segment(
     return Completed(message=f"{counts}{f'; {summary.reason}' if summary.reason else ''}")
 
 
-def _label(jobs: list[Job], cluster: str | None, workers: int, limits: Limits, leases: str | None) -> Summary:
+def _label(batch: Batch, cluster: str | None, workers: int, limits: Limits, leases: str | None) -> Summary:
     run_id = uuid4().hex
     reporter = _Shown(current_reporter() or _Logged())
     with (
         report_to(reporter),
         _log_of_engine(),
-        Crew(cluster, workers, limits.deadlines, guards_of(run_id, len(jobs), leases)) as crew,
+        Crew(cluster, workers, limits.deadlines, guards_of(run_id, len(batch), leases)) as crew,
     ):
-        as_tasks = {job.name for job in jobs[:MOST_TASKS]}
+        as_tasks = {job.name for job in batch.jobs[:MOST_TASKS]}
 
         def label(job: Job, progress: Progress) -> Outcome:
             if job.name in as_tasks:
@@ -160,11 +161,12 @@ def _label(jobs: list[Job], cluster: str | None, workers: int, limits: Limits, l
 
         alone = crew.label_alone if crew.in_this_process else None
         archive = Archive(
-            jobs,
+            batch.jobs,
             label,
             crew.drain,
             reporter,
             limits,
+            batch.problems,
             label_alone=alone,
             retry=False,
             command="a Prefect flow run",

@@ -30,7 +30,9 @@ def local_path(uri: str) -> Path:
 
 def absolute(uri: str) -> str:
     """The URI as every process understands it: remote ones as they are, local ones as an absolute path."""
-    return uri if is_remote(uri) else os.path.abspath(local_path(uri))  # noqa: PTH100 (links stay)
+    if is_remote(uri):
+        return uri
+    return os.path.abspath(local_path(uri) if uri.startswith("file://") else uri)  # noqa: PTH100 (links stay)
 
 
 def scene_name(uri: str) -> str:
@@ -53,12 +55,7 @@ def safe_name(name: str) -> str:
 
 
 def file_identity(uri: str) -> dict[str, Any]:
-    """Size and time of change of a file, for the fingerprint of a product. Remote files are known by their URI alone.
-
-    Raises SceneError where there is no such file.
-    """
-    if is_remote(uri):
-        return {"uri": uri}
+    """Size and time of change of a local file, for the fingerprint of a product. Raises SceneError where it is not."""
     try:
         status = os.stat(local_path(uri))
     except OSError as error:

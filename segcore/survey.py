@@ -95,7 +95,7 @@ def survey(job: Job, core: tuple[int, ...] | None = None) -> Prospect:
     `core`: shape of a tile's core, None for what settings, an interrupted run or the plan say.
     """
     model = load_card(job.model)
-    source = open_scene(job.uri, wanted_by(model.card), job.settings)
+    source = open_scene(job.uri, wanted_by(model.card), job.settings, job.name)
     fingerprint = _fingerprint(job, model, source)
     canvas = canvas_of(source, model.card)
     sight = model.card.sight(job.settings.overlap, job.settings.weights)

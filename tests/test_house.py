@@ -63,13 +63,13 @@ HOMES = {
     "pydantic": {"segcore.model.card", "flows.segment"},
     "PIL": {"segcore.quicklook"},
     "jinja2": {"segcore.report.page"},
-    "obstore": {"segcore.register"},
+    "obstore": {"segcore.register", "segcore.io.objects"},
 }
 PURE = {
     f"segcore.{name}"
     for name in (
-        "errors", "files", "ledger", "status", "metrics", "box", "grid", "spec", "speed", "staging", "plan", "lock", "lease",
-        "report.charts",
+        "errors", "files", "ledger", "status", "metrics", "box", "grid", "spec", "speed", "staging", "plan",
+        "lock", "lease", "report.charts",
     )
 }  # fmt: skip
 

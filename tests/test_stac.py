@@ -120,12 +120,15 @@ def test_scenes_are_found_in_every_way(tmp_path: Path, band: Path) -> None:
     collection = tmp_path / "items.json"
     collection.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
     folder = [str(tmp_path / "folder" / name) for name in ("a.nii.gz", "b.tif")]
-    assert find_scenes([str(tmp_path / "folder")]) == folder
-    assert find_scenes([f"{tmp_path}/folder/*.tif", folder[1], f"{tmp_path}/folder/../folder/b.tif"]) == folder[1:]
-    assert find_scenes([str(collection)]) == [f"{collection}#one", f"{collection}#two"]
-    assert find_scenes([f"{collection}#two"]) == [f"{collection}#two"]
+    assert list(find_scenes([str(tmp_path / "folder")]).strict()) == folder
+    assert (
+        list(find_scenes([f"{tmp_path}/folder/*.tif", folder[1], f"{tmp_path}/folder/../folder/b.tif"]).strict())
+        == folder[1:]
+    )
+    assert list(find_scenes([str(collection)]).strict()) == [f"{collection}#one", f"{collection}#two"]
+    assert list(find_scenes([f"{collection}#two"]).strict()) == [f"{collection}#two"]
     (tmp_path / "list.txt").write_text("# scenes\nfolder/b.tif\n\ns3://bucket/c.tif\n")
-    assert find_scenes([str(tmp_path / "list.txt")]) == [folder[1], "s3://bucket/c.tif"]
+    assert list(find_scenes([str(tmp_path / "list.txt")]).strict()) == [folder[1], "s3://bucket/c.tif"]
     for nothing in ("missing.tif", "*.gone", "empty"):
         (tmp_path / "empty").mkdir(exist_ok=True)
         with pytest.raises(SceneError):
@@ -169,12 +172,12 @@ def test_items_broken_in_odd_ways_are_refused(tmp_path: Path, band: Path, broken
 def test_lists_that_list_themselves_and_odd_names(tmp_path: Path, band: Path) -> None:
     (tmp_path / "loop.txt").write_text("loop.txt\n")
     with pytest.raises(SceneError, match="lists itself"):
-        find_scenes([str(tmp_path / "loop.txt")])
+        find_scenes([str(tmp_path / "loop.txt")]).strict()
     with pytest.raises(SceneError, match="check the path"):
         find_scenes(["x" * 5000])
     odd = tmp_path / "a#1 ü'%.tif"
     odd.write_bytes(band.read_bytes())
-    (uri,) = find_scenes([str(odd)])
+    (uri,) = find_scenes([str(odd)]).strict()
     scene = read(uri, "blue", "green")
     assert scene.name == product_name(uri) == "a_1_ü__"
     assert product_name("/data/" + "y" * 240 + ".tif").startswith("y" * 100)

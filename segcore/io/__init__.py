@@ -1,111 +1,70 @@
-"""Files: one home for each format. `open_scene` and `find_scenes` choose between them."""
+"""Files: one home for each format. `open_scene` chooses between them, `find_scenes` says what there is to open."""
 
 from __future__ import annotations
 
-import contextlib
-import glob
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+import re
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+from urllib.parse import unquote, urlsplit
 
-from segcore.errors import SceneError, one_line
-from segcore.files import absolute, is_remote, local_path, scene_name
+from segcore.errors import SceneError
+from segcore.files import is_remote, local_path, safe_name, scene_name
+from segcore.io.find import find_scenes
+from segcore.io.found import Found, Problem
 from segcore.io.geotiff import raster_file
 from segcore.io.nifti import Nifti
 from segcore.io.source import Source, Wanted
-from segcore.io.stac import item_ids, item_name, item_scene
+from segcore.io.stac import item_name, item_of, item_scene
 from segcore.spec import Settings
+
+__all__ = ["Found", "Problem", "find_scenes", "open_scene", "product_name", "product_names"]
 
 _VOLUMES = (".nii", ".nii.gz")
 _PAIRS = (".hdr", ".img")
-_ITEMS = (".json", ".geojson")
-#: What a folder is searched for; anything else is opened when it is named.
-_IN_FOLDERS = (".tif", ".tiff", ".jp2", ".vrt", *_VOLUMES)
 
 
-def open_scene(uri: str, wanted: Wanted, settings: Settings) -> Source:
-    """The scene behind a URI, as the model wants to see it; headers only are read. Raises SceneError."""
-    if not is_remote(uri) and not local_path(_document(uri) or uri).exists():
+def open_scene(uri: str, wanted: Wanted, settings: Settings, name: str | None = None) -> Source:
+    """The scene behind a URI, as the model wants to see it; headers only are read. Raises SceneError.
+
+    `name`: what its product is called (`product_names`); by default `product_name` of the URI.
+    """
+    leads = item_of(uri)
+    if not is_remote(uri) and not local_path(leads[0] if leads else uri).exists():
         raise SceneError(f"{uri}: there is no such file; check the path")
     # ENVI rasters have headers of the same suffix as NIfTI's pairs: there the model decides.
     if uri.lower().endswith(_VOLUMES) or (uri.lower().endswith(_PAIRS) and wanted.axes != "yx"):
-        return Nifti(uri, scene_name(uri), wanted)
+        return Nifti(uri, name or scene_name(uri), wanted)
     if wanted.axes != "yx":
         raise SceneError(f"{uri} is no volume (.nii, .nii.gz), and the model is made for volumes ({wanted.axes})")
-    if _document(uri):
-        return item_scene(uri, wanted)
-    return raster_file(uri, scene_name(uri), wanted, settings.bands, settings.scale, settings.offset)
+    if leads:
+        return item_scene(uri, wanted, name)
+    return raster_file(uri, name or scene_name(uri), wanted, settings.bands, settings.scale, settings.offset)
 
 
 def product_name(uri: str) -> str:
     """What the product of a scene is called; no header is read. A broken STAC document goes by its file's name."""
     try:
-        return item_name(uri) if _document(uri) else scene_name(uri)
+        return item_name(uri) if item_of(uri) else scene_name(uri)
     except SceneError:
         return scene_name(uri)
 
 
-def _document(uri: str) -> str | None:
-    """The path of the STAC document that a URI leads to (`items.json#id` leads into one), None for other files."""
-    path = uri.partition("#")[0]
-    return next((p for p in (uri, path) if p.lower().endswith(_ITEMS)), None)
+def product_names(uris: Sequence[str], folders: int = 0) -> dict[str, str]:
+    """What the product of each scene is called, with the names of `folders` folders in front, outermost first.
 
-
-def find_scenes(arguments: Sequence[str]) -> list[str]:
-    """The URIs of the scenes that the arguments name, absolute, in order, each once.
-
-    An argument is a file, a folder (its rasters and volumes, not those of its folders), a glob, a text file with one
-    argument a line, a STAC Item or ItemCollection, or a remote URI. Raises SceneError for one that leads nowhere.
+    For archives whose files are called alike: with one folder, `T33UUP_20240101/B02.tif` is `T33UUP_20240101_B02`. A
+    scene with fewer folders above it has all of them. Names may still be the same: whoever writes products refuses.
     """
-    found: dict[str, None] = {}
-    for argument in arguments:
-        try:
-            found |= dict.fromkeys(_expand(argument, frozenset()))
-        except (OSError, ValueError) as error:
-            raise SceneError(f"{argument!r}: {one_line(error)}; check the path") from error
-    return list(found)
+    return {uri: safe_name("_".join([*_folders(uri, folders), product_name(uri)])) for uri in uris}
 
 
-def _expand(argument: str, lists: frozenset[Path]) -> Iterator[str]:
-    """`lists`: the list files that led here."""
-    if is_remote(argument):
-        yield argument
-        return
-    path = local_path(_document(argument) or argument)
-    if path.is_dir():
-        found = sorted(str(file) for file in path.iterdir() if file.name.lower().endswith(_IN_FOLDERS))
-        if not found:
-            raise SceneError(f"{argument} is a folder without a scene ({', '.join(_IN_FOLDERS)}); name another one")
-        yield from map(absolute, found)
-    elif path.suffix.lower() == ".txt" and path.is_file():
-        yield from _listed(path, lists)
-    elif path.suffix.lower() in _ITEMS and path.is_file():
-        yield from _items(argument)
-    elif path.exists():
-        yield absolute(argument)
-    elif glob.has_magic(argument) and (matches := sorted(glob.glob(argument, recursive=True))):
-        for match in matches:
-            yield from _expand(match, lists)
-    else:
-        raise SceneError(f"{argument}: there is no such file; check the path")
-
-
-def _items(argument: str) -> Iterator[str]:
-    """A STAC document, or each Item of a collection. A broken one is passed on: it fails as a scene of its own."""
-    ids = None
-    if _document(argument) == argument:
-        with contextlib.suppress(SceneError):
-            ids = item_ids(argument)
-    yield from [absolute(argument)] if ids is None else [f"{absolute(argument)}#{item_id}" for item_id in ids]
-
-
-def _listed(path: Path, lists: frozenset[Path]) -> Iterator[str]:
-    """The arguments in a text file, relative to its folder; empty lines and those that begin with # are left out."""
-    if path.resolve() in lists:
-        raise SceneError(f"{path} lists itself; remove that line")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    entries = [line for line in lines if line and not line.startswith("#")]
-    if not entries:
-        raise SceneError(f"{path} lists no scene; write one path a line")
-    for entry in entries:
-        relative = not is_remote(entry) and not Path(entry).is_absolute()
-        yield from _expand(str(path.parent / entry) if relative else entry, lists | {path.resolve()})
+def _folders(uri: str, count: int) -> list[str]:
+    """The names of the innermost folders above a scene, outermost first."""
+    if count < 1:
+        return []
+    leads = item_of(uri)
+    place = leads[0] if leads else uri
+    path = unquote(urlsplit(place).path) if is_remote(place) else str(local_path(place))
+    # A STAC API keeps the Items of a collection in `.../collections/COLLECTION/items/ID`.
+    path = re.sub(r"/collections/([^/]+)/items/([^/]+)/?$", r"/\1/\2", path)
+    return [name for name in PurePosixPath(path).parent.parts if name.strip("/")][-count:]

@@ -24,9 +24,10 @@ from rasterio.io import DatasetReader
 
 from segcore.box import Box
 from segcore.errors import SceneError, one_line
-from segcore.files import file_identity, is_remote
+from segcore.files import is_remote
 from segcore.grid import Grid, Rescale
 from segcore.io.cog import GDAL_ERRORS, frame_of, gdal_environment, window_of
+from segcore.io.identity import identities
 from segcore.io.source import Floats, Source, Wanted
 from segcore.resample import interpolate
 
@@ -98,7 +99,8 @@ class Raster:
     def identity(self) -> Mapping[str, Any]:
         with gdal_environment():
             behind = set().union(*(_files_behind(uri) for uri in {band.uri for band in self._bands}))
-        files = {uri: file_identity(uri) for uri in sorted(behind)}
+        files, warnings = identities(behind)
+        self.warnings += tuple(warning for warning in warnings if warning not in self.warnings)
         bands = [[band.uri, band.index, band.scale, band.offset, str(band.nodata)] for band in self._bands]
         return {"files": files, "bands": bands, **({"item": self._described_by} if self._described_by else {})}
 

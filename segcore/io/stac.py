@@ -8,67 +8,102 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from math import isfinite
+from pathlib import PurePosixPath
 from typing import Any
+from urllib.parse import quote, unquote, urldefrag, urlsplit
 
 import pystac
 
 from segcore.errors import SceneError, one_line
-from segcore.files import absolute, is_remote, local_path, safe_name
+from segcore.files import SCENE_SUFFIXES, is_remote, safe_name, scene_name
+from segcore.io.documents import DOCUMENTS, Document, read_json, resolve
 from segcore.io.geotiff import Band, Raster
 from segcore.io.source import Wanted
+from segcore.io.web import is_web
 
 PROJECTION = "https://stac-extensions.github.io/projection/v2.0.0/schema.json"
 FILE = "https://stac-extensions.github.io/file/v2.1.0/schema.json"
 #: How STAC writes the values of nodata that JSON has no number for.
 _NOT_FINITE = ("nan", "inf", "-inf")
+#: A path or an address of object storage that leads to, or into, a document.
+_INTO = re.compile(r"(.*?\.(?:geo)?json)(?:#(.*))?", re.IGNORECASE | re.DOTALL)
 CLASSIFICATION = "https://stac-extensions.github.io/classification/v2.0.0/schema.json"
 
 
-def read_document(uri: str) -> dict[str, Any]:
-    """The Item or ItemCollection in a file. Raises SceneError."""
-    if is_remote(uri):
-        raise SceneError(f"{uri}: STAC documents are read from a local or mounted file system; copy it there first")
-    try:
-        document = json.loads(local_path(uri).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise SceneError(f"{uri} is no readable STAC document ({one_line(error)}); check the file") from error
-    if not isinstance(document, dict) or document.get("type") not in ("Feature", "FeatureCollection"):
+def read_document(uri: str) -> Document:
+    """The Item or ItemCollection behind a URI. Raises SceneError."""
+    document = read_json(uri)
+    if document.type not in ("Feature", "FeatureCollection"):
         raise SceneError(
             f"{uri} is no STAC Item or ItemCollection: its `type` is neither Feature nor FeatureCollection"
         )
-    if document["type"] == "FeatureCollection":
-        features = document.get("features")
-        ids = [f.get("id") for f in features if isinstance(f, dict)] if isinstance(features, list) else []
-        if not ids or len(ids) != len(features or ()) or len(set(map(str, ids))) != len(ids):
-            raise SceneError(f"{uri} is an ItemCollection whose `features` are not Items with ids of their own")
+    if document.type == "FeatureCollection" and collection_ids(document) is None:
+        raise SceneError(f"{uri} is an ItemCollection whose `features` are not Items with ids of their own")
     return document
 
 
+def collection_ids(document: Document) -> list[str] | None:
+    """The ids of the Items of an ItemCollection, None where some lack one or share one."""
+    features = document.value.get("features")
+    ids = [str(f.get("id")) for f in features if isinstance(f, dict)] if isinstance(features, list) else []
+    return ids if ids and len(ids) == len(features) == len(set(ids)) else None
+
+
+def item_of(uri: str) -> tuple[str, str] | None:
+    """The STAC document that a URI leads to and the id behind its `#`, which may be empty; None for other files.
+
+    A remote Item need not have a suffix: there the id is the sign.
+    """
+    if is_web(uri):
+        address, item_id = urldefrag(uri)
+        path = urlsplit(address).path.lower()
+        is_document = path.endswith(DOCUMENTS) or (item_id and not path.endswith(SCENE_SUFFIXES))
+        return (address, unquote(item_id)) if is_document else None
+    match = _INTO.fullmatch(uri)
+    return (match[1], match[2] or "") if match else None
+
+
+def item_uri(address: str, item_id: str | None = None) -> str:
+    """The URI by which an Item at an address is known: with its id, where the address does not say it.
+
+    Without an id, one of STAC's own addresses ends with it (`.../items/ID`).
+    """
+    if not is_web(address):
+        return address
+    address = urldefrag(address).url
+    path = urlsplit(address).path.rstrip("/")
+    if path.lower().endswith(DOCUMENTS) and item_id in (None, unquote(PurePosixPath(path).stem)):
+        return address
+    return f"{address}#{quote(item_id, safe='') if item_id else PurePosixPath(path).name}"
+
+
 def item_name(uri: str) -> str:
-    """What the product of an Item is called: its id, made safe as a file name. Raises SceneError."""
-    path, _, item_id = uri.partition("#")
-    return safe_name(item_id or str(read_document(path).get("id")))
+    """What the product of an Item is called: its id, made safe as a file name. Raises SceneError.
+
+    A local document is read for it; a remote one goes by the id or the file name in its URI.
+    """
+    address, item_id = item_of(uri) or (uri, "")
+    if item_id:
+        return safe_name(item_id)
+    return scene_name(address) if is_remote(uri) else safe_name(str(read_document(address).value.get("id")))
 
 
-def item_ids(uri: str) -> list[str] | None:
-    """The ids of the Items of an ItemCollection, None for a single Item. Raises SceneError."""
-    document = read_document(uri)
-    return None if document["type"] == "Feature" else [str(feature["id"]) for feature in document["features"]]
-
-
-def item_scene(uri: str, wanted: Wanted) -> Raster:
+def item_scene(uri: str, wanted: Wanted, name: str | None = None) -> Raster:
     """The scene that a STAC Item describes: for each channel, the asset band with its `common_name`, or its name.
 
-    `uri` is a file with an Item, or with an ItemCollection and `#id` behind it. Raises SceneError where a channel is
-    missing or the Item is broken.
+    `uri` is a document with an Item, or with an ItemCollection and `#id` behind it: a file, on a server, or in object
+    storage. `name`: what its product is called, its id by default. Raises SceneError where a channel is missing or
+    the Item is broken.
     """
-    path, _, item_id = uri.partition("#")
-    document = read_document(path)
-    if document["type"] == "FeatureCollection":
+    path, item_id = item_of(uri) or (uri, "")
+    found = read_document(path)
+    path, document = found.uri, found.value
+    if found.type == "FeatureCollection":
         matching = [feature for feature in document["features"] if str(feature["id"]) == item_id]
         if not matching:
             raise SceneError(f"{path} holds no Item with the id {item_id!r}")
@@ -76,15 +111,15 @@ def item_scene(uri: str, wanted: Wanted) -> Raster:
     try:
         if not isinstance(document.get("id"), str) or not document["id"]:
             raise ValueError(f"its id is {document.get('id')!r}")
-        item = pystac.Item.from_dict(document, href=absolute(path))
+        item = pystac.Item.from_dict(document, href=path)
         when = item.datetime.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ") if item.datetime else None
     except Exception as error:  # pystac raises whatever it stumbles over
         raise SceneError(
             f"{uri} is a broken STAC Item ({one_line(error)}); validate it with `stac-validator`"
         ) from error
-    bands, missing = wanted.pick(_named_bands(item, {channel.lower() for channel in wanted.channels}))
+    bands, missing = wanted.pick(_named_bands(item, path, {channel.lower() for channel in wanted.channels}))
     if missing:
-        names = ", ".join(sorted(_named_bands(item, set()))) or "nothing"
+        names = ", ".join(sorted(_named_bands(item, path, set()))) or "nothing"
         raise SceneError(
             f"{uri} has assets for {names} and lacks {', '.join(missing)}, which the model wants; give its assets a "
             f"`common_name`, or take a model that needs fewer"
@@ -92,7 +127,7 @@ def item_scene(uri: str, wanted: Wanted) -> Raster:
     used = {key: document["assets"].get(key) for key in sorted(document.get("assets", {}))}
     return Raster(
         uri,
-        safe_name(item.id),
+        name or safe_name(item.id),
         bands,
         wanted.channels,
         datetime=when,
@@ -100,8 +135,8 @@ def item_scene(uri: str, wanted: Wanted) -> Raster:
     )
 
 
-def _named_bands(item: pystac.Item, wanted: set[str]) -> dict[str, Band]:
-    """The bands of an Item by every name that they go by, in lower case.
+def _named_bands(item: pystac.Item, base: str, wanted: set[str]) -> dict[str, Band]:
+    """The bands of an Item, whose links start at `base`, by every name that they go by, in lower case.
 
     Where several go by one name, a common name is stronger than a name, and that than the key of an asset; then
     comes the asset that is called like a channel, the one that says that it is data, and the one with fewest bands
@@ -111,7 +146,7 @@ def _named_bands(item: pystac.Item, wanted: set[str]) -> dict[str, Band]:
     for key, asset in item.assets.items():
         if not _is_data(asset):
             continue
-        bands = list(_asset_bands(key, asset.to_dict(), asset.get_absolute_href() or asset.href))
+        bands = list(_asset_bands(key, asset.to_dict(), resolve(base, asset.href)))
         rank = key.lower() not in wanted, "data" not in (asset.roles or ()), len(bands)
         for names, band in bands:
             found += [((strength, *rank), name.lower(), band) for strength, name in enumerate(names) if name]
@@ -136,7 +171,7 @@ def _asset_bands(key: str, asset: Mapping[str, Any], href: str) -> Iterator[tupl
         names = [str(facts.get("common_name") or ""), str(facts.get("name") or ""), key if count == 1 else ""]
         nodata = facts.get("nodata")
         band = Band(
-            absolute(href),
+            href,
             position + 1,
             _number(facts.get("scale"), key, "scale"),
             _number(facts.get("offset"), key, "offset"),
