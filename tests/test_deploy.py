@@ -5,6 +5,7 @@ No container, cluster or GPU is started here. Linters that are programs of their
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import os
@@ -558,6 +559,23 @@ def test_bash_and_shellcheck_find_nothing() -> None:
     lint(tool("shellcheck"), SBATCH)
 
 
+@contextlib.contextmanager
+def slurm_job(folder: Path, does: str, restarts: str = "0") -> Iterator[subprocess.Popen[bytes]]:
+    """The script itself in bash, with programs that stand for segflow (`does`) and Slurm; nothing outlives it."""
+    for name, body in (("segflow", does), ("scontrol", f'echo "$@" > {folder}/requeued')):
+        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    given = {"SCENES": "a.tif", "MODEL": "m", "OUT": str(folder), "SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": restarts}
+    environment = os.environ | given | {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+    job = subprocess.Popen(["bash", str(SBATCH)], env=environment, cwd=folder, start_new_session=True)
+    try:
+        yield job
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
+        job.wait()
+
+
 @pytest.mark.parametrize(
     ("code", "restarts", "requeued"),
     [(75, "0", True), (75, "50", False), (0, "0", False), (1, "0", False), (2, "0", False)],
@@ -565,32 +583,22 @@ def test_bash_and_shellcheck_find_nothing() -> None:
 def test_a_slurm_job_comes_back_only_where_it_was_stopped(
     tmp_path: Path, code: int, restarts: str, requeued: bool
 ) -> None:
-    """The script itself in bash, with programs that stand for segflow and Slurm."""
-    job = slurm_job(tmp_path, f"exit {code}", restarts)
-    assert job.wait(30) == (0 if requeued else code)
+    with slurm_job(tmp_path, f"exit {code}", restarts) as job:
+        assert job.wait(30) == (0 if requeued else code)
     assert (tmp_path / "requeued").exists() == requeued
 
 
 def test_a_slurm_job_hands_sigterm_on_and_waits_until_segflow_has_drained(tmp_path: Path) -> None:
     drains = f"trap 'sleep 1; touch {tmp_path}/drained; exit 75' TERM; touch {tmp_path}/up; while :; do sleep 0.1; done"
-    job = slurm_job(tmp_path, drains, "0")
-    until = time.monotonic() + 30
-    while not (tmp_path / "up").exists():
-        assert time.monotonic() < until
-        time.sleep(0.05)
-    job.send_signal(signal.SIGTERM)
-    assert job.wait(30) == 0
+    with slurm_job(tmp_path, drains) as job:
+        until = time.monotonic() + 30
+        while not (tmp_path / "up").exists():
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        job.send_signal(signal.SIGTERM)
+        assert job.wait(30) == 0
     assert (tmp_path / "drained").exists()
     assert (tmp_path / "requeued").read_text().split() == ["requeue", "17"]
-
-
-def slurm_job(folder: Path, does: str, restarts: str) -> subprocess.Popen[bytes]:
-    for name, body in (("segflow", does), ("scontrol", f'echo "$@" > {folder}/requeued')):
-        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
-        (folder / name).chmod(0o755)
-    given = {"SCENES": "a.tif", "MODEL": "m", "OUT": str(folder), "SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": restarts}
-    environment = os.environ | given | {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
-    return subprocess.Popen(["bash", str(SBATCH)], env=environment, cwd=folder)
 
 
 def test_slurm_ends_the_job_later_than_segflow_drains() -> None:
