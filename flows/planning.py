@@ -122,5 +122,7 @@ def _mode_sentence(facts: dict[str, Any]) -> str:
         return f"blend, {windows}, {facts['weights']} weights"
     halo = in_words(tuple((before, after) for before, after in facts["halo"]))
     if facts["mode"] == "exact":
-        return f"exact, halo {halo} pixels"
+        stages = facts.get("stages")
+        levels = f", {stages['levels']} outer levels in chunks of {times(stages['chunk'])}" if stages else ""
+        return f"exact, halo {halo} pixels{levels}"
     return f"measured: a halo of at most {halo} pixels, to be shortened on the scene itself"

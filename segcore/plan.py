@@ -19,13 +19,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
-from math import prod
+from math import log2, prod
 from typing import Literal
 
 from segcore.box import Box
 from segcore.errors import PlanError
 from segcore.grid import Grid, Rescale, mirrored
 from segcore.spec import Cost, Mode, Sides, Sight, format_bytes, times
+from segcore.staging import Stages, Staging
 
 Index = tuple[int, ...]
 Tiling = Literal["exact", "measured", "blend"]
@@ -35,6 +36,10 @@ Tiling = Literal["exact", "measured", "blend"]
 PROCESS_BYTES = 420 * 2**20
 #: Pixels of a core beyond which a larger one saves little and a lost one costs much.
 LARGEST_CORE = 2**22
+#: Larger cores are taken where they save work: so much of it for each doubling.
+_STAKE = 0.06
+#: Time of a multiply-add in stages, relative to one in a pass over a large window: smaller arrays stay in cache.
+_STAGED_PACE = 0.85
 #: Pixels of a core where a halo was measured: always the same, since there a pixel may depend on where tiles end.
 MEASURED_CORE = 2**20
 #: Pixels of the network's grid for one of the scene's, beyond which something must be wrong.
@@ -69,8 +74,9 @@ class Plan:
 
     `grid`: the scene's; `canvas`: shape of the network's grid (pixels); `core`: shape of a core on the scene's grid;
     `memory`: predicted peak of one worker process, in bytes; `shortened`: a halo that was measured, instead of the one
-    that the network's reach asks for. Tiles are made on demand, so a plan of a million of
-    them is as small as a plan of one.
+    that the network's reach asks for; `staging`: how windows are run in stages, None for one pass each, and
+    `staged_work`: multiply-adds of a window in stages, relative to those of one pass. Tiles are made on demand, so a
+    plan of a million of them is as small as a plan of one.
     """
 
     grid: Grid
@@ -80,6 +86,8 @@ class Plan:
     core: tuple[int, ...]
     memory: int
     shortened: Sides | None = None
+    staging: Staging | None = None
+    staged_work: float = 1.0
 
     @property
     def rescale(self) -> Rescale:
@@ -171,11 +179,11 @@ class Plan:
 
     @property
     def work(self) -> float:
-        """Pixels that the network computes, relative to the scene's (1.00: not one of them twice)."""
+        """Work of the network, relative to one pass over the scene's pixels (1.00: not one of them twice)."""
         # What is computed along one axis does not depend on the others: it is added up per axis, not per tile.
         if self.mode != "blend":
             lengths = [sum(self._halo_window(t).shape[axis] for t in self._along(axis)) for axis in self._axes]
-            return prod(lengths) / prod(self.canvas)
+            return prod(lengths) / prod(self.canvas) * self.staged_work
         assert self.sight.window is not None
         counts = [sum(len(self._window_ranges(t)[axis]) for t in self._along(axis)) for axis in self._axes]
         return prod(counts) * prod(self.sight.window) / prod(self.canvas)
@@ -205,14 +213,15 @@ def make_plan(
     core: tuple[int, ...] | None = None,
     mode: Mode = "auto",
     measured: bool = False,
+    stages: Stages | None = None,
 ) -> Plan:
-    """The tiling of a scene that fits `memory` bytes, with the largest sensible core, or with cores of this shape.
+    """The tiling of a scene that fits `memory` bytes with the least work, or with cores of this shape.
 
     Exact mode is taken for a local network, with one tile for the whole scene if that fits, and blend mode for one
     that has a window, however small the scene: what a network that is not local says depends on what it sees, and
     that must not depend on memory. A network that is neither, or that is asked for exact mode, is run on the whole
-    scene in one piece. `measured`: the reach is not the network's own, but one that will do. Raises PlanError, with
-    the numbers, for what cannot work.
+    scene in one piece. `measured`: the reach is not the network's own, but one that will do. `stages`: how the network
+    can be run in stages, in exact mode. Raises PlanError, with the numbers, for what cannot work.
     """
     chosen = _choose_mode(sight, mode, measured)
     if prod(canvas) < prod(sight.stride):
@@ -229,8 +238,15 @@ def make_plan(
     whole_only = chosen == "exact" and not sight.local
 
     def plan_of(core: tuple[int, ...]) -> Plan:
-        bare = Plan(grid, canvas, sight, chosen, core, 0)
-        return Plan(grid, canvas, sight, chosen, core, _predict_memory(bare, cost))
+        """With the way to run its windows that takes the least work in this memory, or else the least memory."""
+        plain = _with_memory(Plan(grid, canvas, sight, chosen, core, 0), cost, None)
+        if stages is None or chosen != "exact" or whole_only:
+            return plain
+        if plain.memory - int(cost.engine_bytes_per_pixel * plain._halo_window(_middle(plain)).size) > memory:
+            return plain  # what the tile holds beside the network is too much already
+        ways = [plain, *(_with_memory(plain, cost, stages, staging) for staging in _stagings(plain, stages))]
+        fitting = [way for way in ways if way.memory <= memory]
+        return min(fitting, key=_effort) if fitting else min(ways, key=lambda way: way.memory)
 
     if whole_only:
         if core is not None and any(n > c for n, c in zip(grid.shape, core, strict=True)):
@@ -257,14 +273,30 @@ def make_plan(
                 f"the {format_bytes(memory)} budget; use --memory {_round_up(plan.memory)} or a smaller --tile"
             )
         return plan
+    best: Plan | None = None
     for side in _sides(grid, canvas, sight, chosen):
         plan = plan_of(tuple(min(n, s) for n, s in zip(grid.shape, side, strict=True)))
         if plan.memory <= memory:
-            return plan
+            if chosen == "blend" or prod(plan.core) <= LARGEST_CORE:
+                return min((plan, best), key=_price) if best else plan
+            best = min((plan, best), key=_price) if best else plan
+    if best is not None:
+        return best
     raise PlanError(
         f"even tiles of {times(plan.core)} pixels x {cost.channels} channels need "
         f"{format_bytes(plan.memory)} of the {format_bytes(memory)} budget; use --memory {_round_up(plan.memory)}"
     )
+
+
+def _effort(plan: Plan) -> float:
+    """Time of a plan, relative to others with the same cores."""
+    return plan.staged_work * (_STAGED_PACE if plan.staging else 1.0)
+
+
+def _price(plan: Plan) -> float:
+    """What a plan costs: its time, and what large cores put at stake when a run is killed."""
+    doublings = max(0.0, log2(prod(plan.core) / LARGEST_CORE))
+    return plan.work * (_STAGED_PACE if plan.staging else 1.0) * (1 + _STAKE * doublings)
 
 
 def _choose_mode(sight: Sight, mode: Mode, measured: bool) -> Tiling:
@@ -298,10 +330,11 @@ def _sides(grid: Grid, canvas: tuple[int, ...], sight: Sight, mode: Tiling) -> I
     """Shapes of cores to try, largest first: the whole scene, then multiples of the window step, or of the stride."""
     if mode != "blend":
         yield grid.shape
+    largest = LARGEST_CORE if mode == "blend" else 2**4 * LARGEST_CORE
     unit = sight.step if mode == "blend" else sight.stride
     # The network's pixels per pixel of the scene: a core is chosen on the scene's grid.
     native = [max(1, u * n // m) for u, n, m in zip(unit, grid.shape, canvas, strict=True)]
-    side = max(1, round(LARGEST_CORE ** (1 / len(native))))
+    side = max(1, round(largest ** (1 / len(native))))
     while True:
         shape = tuple(max(u, side // u * u) for u in native)
         yield shape
@@ -310,14 +343,24 @@ def _sides(grid: Grid, canvas: tuple[int, ...], sight: Sight, mode: Tiling) -> I
         side = side * 3 // 4
 
 
-def _predict_memory(plan: Plan, cost: Cost) -> int:
-    """Bytes of one worker process at its peak: arrays of the tiles under way, and one window in the engine.
+def _middle(plan: Plan) -> Box:
+    """The target of the tile that needs most: in the middle. Of two on an axis the first; the last may be a sliver."""
+    return plan._target(plan.core_box(tuple((n - 1) // 2 for n in plan.counts)))
 
-    Sizes only: windows may be too many to list when the plan is about to be refused.
+
+def _stagings(plan: Plan, stages: Stages) -> Iterator[Staging]:
+    """Ways to run a plan's windows in stages."""
+    return (staging for staging in stages.choices(plan._halo_window(_middle(plan)).shape) if staging.levels)
+
+
+def _with_memory(plan: Plan, cost: Cost, stages: Stages | None, staging: Staging | None = None) -> Plan:
+    """The plan with its predicted memory, its windows run in these stages.
+
+    Bytes of one worker process at its peak: arrays of the tiles under way, and one window in the engine. Sizes only:
+    windows may be too many to list when the plan is about to be refused.
     """
-    # A tile in the middle needs most; of two on an axis the first one does, as the last may be a sliver.
+    target = _middle(plan)
     core = plan.core_box(tuple((n - 1) // 2 for n in plan.counts))
-    target = plan._target(core)
     if plan.mode != "blend":
         hull = window = plan._halo_window(target)
         count = 1
@@ -329,7 +372,13 @@ def _predict_memory(plan: Plan, cost: Cost) -> int:
     array = 4 * cost.channels * (2 * plan._read(hull).size + 2 * hull.size)
     scores = 4 * cost.classes * (2 * target.size + core.size) + 8 * core.size
     in_flight = min(TILES_IN_FLIGHT, len(plan))
-    return PROCESS_BYTES + in_flight * (array + scores + 500 * count) + int(cost.engine_bytes_per_pixel * window.size)
+    engine, relative = int(cost.engine_bytes_per_pixel * window.size), 1.0
+    if stages is not None and staging is not None:
+        wanted = target.shift([-start for start in window.start])
+        engine = stages.memory(window.shape, wanted, staging)
+        relative = stages.work(window.shape, wanted, staging) / (stages.inner[0].work * window.size)
+    memory = PROCESS_BYTES + in_flight * (array + scores + 500 * count) + engine
+    return replace(plan, memory=memory, staging=staging, staged_work=relative)
 
 
 def _round_up(count: int) -> str:

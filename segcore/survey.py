@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import platform
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,18 @@ from segcore.execute import free_memory
 from segcore.grid import Grid
 from segcore.io import open_scene
 from segcore.io.source import Source, Wanted
+from segcore.model import stages_of
 from segcore.model.card import Card, Model, load_card
 from segcore.plan import Plan, make_plan
 from segcore.spec import Job, times
 from segcore.speed import Speed, recall
+from segcore.staging import Stages
 
 #: Raised whenever a change of this code may change a pixel of a product: old products are then made again. Where a halo
 #: is measured, that also goes for what is looked at (`segcore.seams`) and for `MEASURED_CORE`.
 PIXEL_VERSION = 2
+#: Pixels of a scene, as the network sees it, up to which one pass over it is always as good.
+_SMALL = 2**19
 #: Folder inside the output folder for what is not finished.
 HIDDEN = ".segflow"
 
@@ -74,13 +79,15 @@ class Prospect:
             tiling |= {"window": list(sight.window or ()), "step": list(sight.step), "weights": sight.weights}
         else:
             tiling |= {"halo": [list(sides) for sides in self.plan.halo]}
+        if (staging := self.plan.staging) is not None:
+            tiling |= {"stages": {"levels": staging.levels, "chunk": list(staging.chunk)}}
         tiling |= {"work": round(self.plan.work, 4), "predicted_memory_bytes": self.plan.memory}
         return tiling
 
     @property
     def computed(self) -> float:
         """Pixels that the network computes."""
-        return self.plan.work * prod(self.plan.canvas)
+        return self.plan.work * math.prod(self.plan.canvas)
 
     @property
     def disk(self) -> tuple[int, int]:
@@ -107,7 +114,10 @@ def survey(job: Job, core: tuple[int, ...] | None = None) -> Prospect:
     def plan_with(core: tuple[int, ...] | None) -> Plan:
         measured = job.settings.tolerance is not None
         cost, mode = model.card.cost(), job.settings.mode
-        return make_plan(source.grid, canvas, sight, cost, memory, core=core, mode=mode, measured=measured)
+        stages = _stages_of(model, canvas)
+        return make_plan(
+            source.grid, canvas, sight, cost, memory, core=core, mode=mode, measured=measured, stages=stages
+        )
 
     try:
         plan = plan_with(core)
@@ -185,6 +195,20 @@ def provenance(prospect: Prospect, created: str, engine: str) -> dict[str, Any]:
         "segflow:versions": {"python": platform.python_version(), **_versions()},
         "segflow:warnings": list(source.warnings),
     }
+
+
+def _stages_of(model: Model, canvas: tuple[int, ...]) -> Stages | None:
+    """How a network can be run in stages; None where it cannot be, or where the scene is too small to be worth it."""
+    if math.prod(canvas) <= _SMALL or not model.card.local or model.card.artifacts[0].format != "onnx":
+        return None
+    path = model.weights()[1]
+    return _stages_in(path, len(model.card.channels), model.digest)
+
+
+@cache
+def _stages_in(path: Path, channels: int, _digest: str) -> Stages | None:
+    """The same, looked up in the network once for each process."""
+    return stages_of(path, channels)
 
 
 def _fingerprint(job: Job, model: Model, source: Source) -> str:

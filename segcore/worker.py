@@ -25,6 +25,7 @@ from segcore.model.card import Model
 from segcore.model.segmenter import Segmenter
 from segcore.plan import TILES_IN_FLIGHT, Index, Plan
 from segcore.scaling import Scaling
+from segcore.staging import Staging
 from segcore.tile import Labeller
 
 PLUGIN = "segflow"
@@ -118,10 +119,10 @@ class Bench(WorkerPlugin):  # type: ignore[misc]
 
     def segmenter(self, recipe: Recipe) -> Segmenter:
         """The network of a recipe, loaded on first use."""
-        model, threads = recipe.model, self._threads
+        model, staging, threads = recipe.model, recipe.plan.staging, self._threads
         with self._lock:
-            once = _Once(lambda: _load(model, threads))
-            shelved = _recent(self._segmenters, model.digest, lambda: once, keep=2)
+            once = _Once(lambda: _load(model, threads, staging))
+            shelved = _recent(self._segmenters, f"{model.digest} {staging}", lambda: once, keep=2)
         return shelved.value()
 
     def labeller(self, recipe: Recipe) -> Labeller:
@@ -176,8 +177,8 @@ class Bench(WorkerPlugin):  # type: ignore[misc]
             return self._active[key]
 
 
-def _load(model: Model, threads: int) -> Segmenter:
-    segmenter = load_segmenter(model, threads)
+def _load(model: Model, threads: int, staging: Staging | None) -> Segmenter:
+    segmenter = load_segmenter(model, threads, staging)
     _LOG.info("%s %s runs in %s", model.card.name, model.card.version, segmenter.engine)
     return segmenter
 

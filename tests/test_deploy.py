@@ -34,10 +34,10 @@ from prefect.events.schemas.automations import AutomationCore, EventTrigger, Pos
 from prefect.server.events.schemas.automations import EventTrigger as ServerTrigger
 from prefect.server.events.schemas.events import ReceivedEvent
 from prefect.utilities.importtools import import_object
-from segcore.cluster import ClusterFile
 
 from flows.command import app
 from flows.segment import segment
+from segcore.cluster import ClusterFile
 from segcore.spec import parse_bytes
 
 ROOT = Path(__file__).parent.parent

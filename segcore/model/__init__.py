@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 from segcore.errors import ModelError
 from segcore.model.card import Card, Model
 from segcore.model.probe import Network, largest_error, rounding_of
 from segcore.model.segmenter import Segmenter
-from segcore.staging import Staging
+from segcore.spec import usable_cores
+from segcore.staging import Stages, Staging
 
 
 def load_segmenter(model: Model, threads: int, staging: Staging | None = None) -> Segmenter:
@@ -36,6 +38,14 @@ def load_segmenter(model: Model, threads: int, staging: Staging | None = None) -
             segmenter = TorchSegmenter(load_module(artifact, path), threads)
     _confirm(segmenter, model.card)
     return segmenter
+
+
+def stages_of(path: Path, channels: int) -> Stages | None:
+    """How the network in an ONNX file can be run in stages, None where it cannot be. Raises ModelError."""
+    from segcore.model.stages import find_stages  # onnx, which labelling tiles may do without
+
+    cut = find_stages(path, channels, usable_cores())
+    return cut.stages if cut else None
 
 
 def open_network(model: Model, threads: int) -> Network:
