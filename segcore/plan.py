@@ -237,12 +237,15 @@ def make_plan(
         )
     whole_only = chosen == "exact" and not sight.local
 
-    def plan_of(core: tuple[int, ...]) -> Plan:
+    def plan_of(core: tuple[int, ...], thorough: bool = True) -> Plan:
         """With the way to run its windows that takes the least work in this memory, or else the least memory."""
         plain = _with_memory(Plan(grid, canvas, sight, chosen, core, 0), cost, None)
         if stages is None or chosen != "exact" or whole_only:
             return plain
-        if plain.memory - int(cost.engine_bytes_per_pixel * plain._halo_window(_middle(plain)).size) > memory:
+        if (
+            not thorough
+            and plain.memory - int(cost.engine_bytes_per_pixel * plain._halo_window(_middle(plain)).size) > memory
+        ):
             return plain  # what the tile holds beside the network is too much already
         ways = [plain, *(_with_memory(plain, cost, stages, staging) for staging in _stagings(plain, stages))]
         fitting = [way for way in ways if way.memory <= memory]
@@ -275,13 +278,14 @@ def make_plan(
         return plan
     best: Plan | None = None
     for side in _sides(grid, canvas, sight, chosen):
-        plan = plan_of(tuple(min(n, s) for n, s in zip(grid.shape, side, strict=True)))
+        plan = plan_of(tuple(min(n, s) for n, s in zip(grid.shape, side, strict=True)), thorough=False)
         if plan.memory <= memory:
             if chosen == "blend" or prod(plan.core) <= LARGEST_CORE:
                 return min((plan, best), key=_price) if best else plan
             best = min((plan, best), key=_price) if best else plan
     if best is not None:
         return best
+    plan = plan_of(plan.core)
     raise PlanError(
         f"even tiles of {times(plan.core)} pixels x {cost.channels} channels need "
         f"{format_bytes(plan.memory)} of the {format_bytes(memory)} budget; use --memory {_round_up(plan.memory)}"

@@ -53,7 +53,7 @@ def work_of_cores(sight: Sight) -> dict[int, float]:
 def mode_in_words(card: Card) -> str:
     """What `--mode auto` makes of a card."""
     if card.local and not card.fixed_window:
-        return "exact: the whole scene in one tile if it fits, else tiles with a halo"
+        return "exact: tiles with a halo, or the whole scene in one where that is small"
     if card.window is not None:
         sight = card.sight()
         windows = f"windows of {times(card.window)} every {times(sight.step)} pixels"
