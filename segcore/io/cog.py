@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -233,6 +234,46 @@ def _mode_of_four(labels: Labels, nodata: int) -> Labels:
     np.copyto(found, second, where=(second == third) & (second != 255))
     np.copyto(found, first, where=first == second)
     return found - shift
+
+
+def tiled_bytes(shape: tuple[int, int], count: int, dtype: str) -> int:
+    """The size of what `write_tiled` writes, but for its header; at most, as its last blocks may be lower."""
+    rows, cols = (-(-n // _BLOCK) * _BLOCK for n in shape)
+    return rows * cols * count * np.dtype(dtype).itemsize
+
+
+def write_tiled(
+    path: Path,
+    shape: tuple[int, int],
+    count: int,
+    dtype: str,
+    nodata: float | None,
+    read: Callable[..., NDArray[Any]],
+) -> None:
+    """Fill a plain tiled file, in one step, with what `read(at=box)` gives (count, *box.shape), rows by rows.
+
+    No more is held than some 32 MiB, or 16 rows. Raises ProductError where it cannot be written.
+    """
+    rows, cols = shape
+    bytes_per_row = cols * count * max(4, np.dtype(dtype).itemsize)
+    height = next((h for h in (512, 256, 128, 64, 32) if h * bytes_per_row <= GDAL_CACHE // 2), 16)
+    layout = {"tiled": True, "blockxsize": _BLOCK, "blockysize": height, "interleave": "band", "BIGTIFF": "IF_SAFER"}
+    layout |= {"photometric": "MINISBLACK", "nodata": nodata}
+    unfinished = path.with_suffix(".partial")
+    profile = {"driver": "GTiff", "height": rows, "width": cols, "count": count, "dtype": dtype}
+    anywhere = Affine.translation(1, 1)  # where it lies, the scene knows; GDAL warns of files without a transform
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.unlink(missing_ok=True)
+        with rasterio.open(unfinished, "w", **profile, **layout, transform=anywhere) as to:
+            for row in range(0, rows, height):
+                box = Box((row, 0), (min(row + height, rows), cols))
+                to.write(read(at=box), window=window_of(box))
+        os.replace(unfinished, path)
+    except (OSError, *GDAL_ERRORS) as error:
+        raise ProductError(
+            f"cannot copy into {path}: {one_line(error.__cause__ or error)}; free some space, run again", retryable=True
+        ) from error
 
 
 def _sidecar_of(path: Path) -> Path:

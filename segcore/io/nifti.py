@@ -248,6 +248,12 @@ class Nifti:
         files = {str(holder.filename) for holder in self._image.file_map.values()} if not self._staged else set()
         return {"files": {uri: file_identity(uri) for uri in sorted(files | {self.uri})}}
 
+    @property
+    def staged_bytes(self) -> int:
+        if self._staged or not local_path(self.uri).name.lower().endswith(".gz"):
+            return 0
+        return int(self._image.dataobj.offset) + int(np.prod(self._image.shape)) * self._image.get_data_dtype().itemsize
+
     def stage(self, folder: Path) -> Nifti:
         """Unpack a `.nii.gz` once: gzip cannot be sought, so every later read would start from its beginning."""
         source = local_path(self.uri)
