@@ -107,7 +107,7 @@ class NiftiFrame:
         count = len(legend.classes)
         header = self._header(np.float32, (*self.shape, count))
         header["descrip"] = b"segflow scores"
-        self._write(path, header, self._score_blocks(labels, legend))
+        self._write(path, header, self._score_blocks(labels, legend), level=1)  # scores hardly become smaller
         return [path]
 
     def verify(self, path: Path, labels: LabelReader) -> None:
@@ -178,12 +178,12 @@ class NiftiFrame:
         header["intent_code"] = 0
         return header
 
-    def _write(self, path: Path, header: nib.Nifti1Header, blocks: Iterator[NDArray[Any]]) -> None:
+    def _write(self, path: Path, header: nib.Nifti1Header, blocks: Iterator[NDArray[Any]], level: int = 6) -> None:
         """Header and voxels, gzipped without name or time: the same labels always make the same bytes."""
         try:
             with (
                 path.open("wb") as file,
-                gzip.GzipFile(filename="", mode="wb", fileobj=file, compresslevel=6, mtime=0) as packed,
+                gzip.GzipFile(filename="", mode="wb", fileobj=file, compresslevel=level, mtime=0) as packed,
             ):
                 header.write_to(packed)
                 packed.write(b"\0" * (int(header["vox_offset"]) - packed.tell()))

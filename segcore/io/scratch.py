@@ -163,9 +163,10 @@ class Scratch:
         except (OSError, ValueError, RuntimeError) as error:
             ranges = zip(box.start, box.stop, self.core, strict=True)
             tiles = product(*(range(a // c, -(-b // c)) for a, b, c in ranges))
-            damaged = [tile for tile in tiles if self._damaged(tile)]
-            for tile in damaged:
-                self.root.joinpath("labels", "c", *map(str, tile)).unlink(missing_ok=True)
+            chunks = {tile: self.root.joinpath("labels", "c", *map(str, tile)) for tile in tiles}
+            damaged = [chunk for tile, chunk in chunks.items() if chunk.exists() and self._damaged(tile)]
+            for chunk in damaged:
+                chunk.unlink(missing_ok=True)
             raise ProductError(
                 f"{self.root} holds {len(damaged)} damaged tiles in {box} ({one_line(error)}); run again to make them "
                 f"anew",
