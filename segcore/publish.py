@@ -21,7 +21,7 @@ import numpy as np
 from segcore.errors import ProductError
 from segcore.files import sha256_of, write_text
 from segcore.io.scratch import Scratch
-from segcore.io.source import Legend, Source, sample_positions, slabs
+from segcore.io.source import Legend, Source, sample_positions
 from segcore.io.stac import Asset, manifest_item
 from segcore.lock import Guard
 from segcore.model.card import Card
@@ -56,13 +56,16 @@ def legend_of(card: Card) -> Legend:
 
 def class_shares(scratch: Scratch, source: Source, legend: Legend) -> list[ClassShare]:
     """What each class holds, from one pass over the labels."""
-    counts = np.zeros(256, np.int64)
-    for box in slabs(source.grid):
-        counts += np.bincount(scratch.read(box).ravel(), minlength=256)
-    valid = int(counts.sum() - counts[legend.nodata])
+    counts = dict.fromkeys((index for index, _, _ in legend.classes), 0)
+    valid = 0
+    for box in scratch.pieces():
+        labels = scratch.read(box)
+        valid += int(np.count_nonzero(labels != legend.nodata))
+        for index in counts:  # many times faster than one histogram, which turns bytes into integers of eight
+            counts[index] += int(np.count_nonzero(labels == index))
     shares = []
     for index, name, _ in legend.classes:
-        pixels = int(counts[index])
+        pixels = counts[index]
         measure = (pixels * source.cell[0], source.cell[1]) if source.cell else None
         shares.append(ClassShare(index, name, pixels, pixels / valid if valid else 0.0, measure))
     return shares

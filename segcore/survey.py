@@ -93,7 +93,7 @@ class Prospect:
     def disk(self) -> tuple[int, int]:
         """Bytes that scratch and the product take at most, before compression."""
         pixels, scores = self.source.grid.size, 4 * len(self.model.card.classes) * self.job.settings.scores
-        return pixels * (1 + scores), pixels * 4 * (1 + scores) // 3
+        return pixels * (1 + scores) + self.source.staged_bytes, pixels * 4 * (1 + scores) // 3
 
 
 def survey(job: Job, core: tuple[int, ...] | None = None) -> Prospect:

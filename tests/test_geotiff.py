@@ -19,9 +19,11 @@ from rio_cogeo.cogeo import cog_validate
 
 from segcore.box import Box
 from segcore.errors import ProductError, SceneError
+from segcore.io.cog import _mode_of_four
 from segcore.io.geotiff import Band, Raster, raster_file
 from segcore.io.memory import ArrayLabels
-from segcore.io.source import Legend, Wanted
+from segcore.io.scratch import Scratch
+from segcore.io.source import Legend, Wanted, sample_positions
 
 LEGEND = Legend(((0, "clear", (10, 20, 30)), (1, "cloud", (255, 255, 255)), (2, "shadow", (9, 9, 99))))
 RNG = np.random.default_rng(5)
@@ -199,6 +201,90 @@ def test_the_same_labels_make_the_same_bytes(make: Callable[..., Path], tmp_path
     assert first.read_bytes() == second.read_bytes()
 
 
+@pytest.mark.parametrize("shape", [(2, 2), (6, 8), (7, 5), (1, 9)])
+def test_overviews_keep_the_label_that_most_valid_pixels_bear(shape: tuple[int, int]) -> None:
+    labels = RNG.choice(np.array([0, 1, 7, 255], np.uint8), shape)
+    found = _mode_of_four(labels, 255)
+    padded = np.pad(labels, [(0, n % 2) for n in shape], mode="edge")
+    for row, col in np.ndindex(found.shape):
+        four = padded[2 * row : 2 * row + 2, 2 * col : 2 * col + 2].ravel().tolist()
+        valid = [label for label in four if label != 255]
+        assert found[row, col] == (min(valid, key=lambda label: (-valid.count(label), label)) if valid else 255)
+
+
+def test_no_byte_depends_on_the_tiling(make: Callable[..., Path], tmp_path: Path) -> None:
+    shape = (2500, 2300)
+    raster = raster_file(str(make(np.zeros((1, *shape), np.uint8), sparse_ok=True)), "scene", wanted("a"))
+    labels = (np.add.outer(np.arange(2500) // 7, np.arange(2300) // 5) % 3).astype(np.uint8)
+    labels[1000:1100, 50:] = 255
+    masks = []
+    for core in ((700, 900), (2048, 333)):
+        scratch = Scratch.create(tmp_path / f"s{core[0]}", raster.grid, core, 255, None)
+        for index in np.ndindex(*(-(-n // c) for n, c in zip(shape, core, strict=True))):
+            box = Box.cell(index, core, shape)
+            scratch.write(index, box, labels[box.slices()])
+        masks.append(raster.frame.write_labels(tmp_path / f"{core[0]}.tif", scratch, LEGEND)[0])
+        raster.frame.verify(masks[-1], scratch)
+    assert masks[0].read_bytes() == masks[1].read_bytes()
+    assert cog_validate(masks[0], strict=True)[0]
+    expected = labels
+    for level in range(3):
+        expected = _mode_of_four(expected, 255)
+        with rasterio.open(masks[0], overview_level=level) as overview:
+            assert np.array_equal(overview.read(1), expected)
+
+
+STRIPS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "by bands": {"interleave": "band"},
+    "nodata": {"nodata": 7},
+    "scaled": {"scales": (0.5, -3), "nodata": 7},
+    "alpha": {"alpha": np.tile(np.array([255, 0, 255], np.uint8), (30, 800))},
+    "mask": {"mask": np.tile(np.array([True, False, True]), (30, 800))},
+}
+
+
+@pytest.mark.parametrize("kind", STRIPS)
+def test_strips_are_staged_into_tiles(make: Callable[..., Path], tmp_path: Path, kind: str) -> None:
+    for dtype in ("uint8", "int16", "float32", "float64"):
+        values = RNG.integers(0, 100, (3, 30, 2400)).astype(dtype)
+        path = make(values, f"{dtype}.tif", compress="deflate", names=["a", "b", "c"], **STRIPS[kind])
+        raster = raster_file(str(path), "scene", wanted("c", "a"))
+        staged = raster.stage(tmp_path / "staged" / dtype)
+        (file,) = (tmp_path / "staged" / dtype).iterdir()
+        assert 0 < file.stat().st_size < raster.staged_bytes + 10_000
+        assert staged.identity() == raster.identity()
+        assert staged.frame == raster.frame
+        made = file.stat().st_mtime_ns
+        for again in (pickle.loads(pickle.dumps(staged)), raster.stage(tmp_path / "staged" / dtype)):
+            for box in (Box((0, 0), (30, 2400)), Box((3, 2000), (29, 2311))):
+                assert np.array_equal(again.read(box), raster.read(box), equal_nan=True)
+            assert np.array_equal(again.overview((10, 60)), raster.overview((10, 60)), equal_nan=True)
+        assert file.stat().st_mtime_ns == made
+
+
+def test_what_is_not_read_in_rows_is_not_staged(make: Callable[..., Path], tmp_path: Path) -> None:
+    values = RNG.integers(0, 99, (1, 30, 2400)).astype(np.uint8)
+    for options in ({}, {"compress": "deflate", "tiled": True, "blockxsize": 128, "blockysize": 128}):
+        raster = raster_file(str(make(values, **options)), "scene", wanted("a"))
+        assert raster.stage(tmp_path / "staged") is raster
+        assert raster.staged_bytes == 0
+
+
+def test_staging_says_what_is_wrong(make: Callable[..., Path], tmp_path: Path) -> None:
+    path = make(RNG.integers(0, 99, (1, 300, 2400)).astype(np.uint8), compress="deflate")
+    raster = raster_file(str(path), "scene", wanted("a"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ProductError, match="free some space"):
+        raster.stage(tmp_path / "file" / "staged")
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        file.write(b"\xff" * 4000)
+    with pytest.raises(SceneError, match="damaged"):
+        raster_file(str(path), "scene", wanted("a")).stage(tmp_path / "staged")
+    assert not list((tmp_path / "staged").glob("*.tif"))
+
+
 def test_areas_and_spacing(make: Callable[..., Path]) -> None:
     feet = make(np.zeros((1, 4, 4), np.uint8), "feet.tif", crs="EPSG:2263", transform=from_origin(0, 0, 10, 10))
     raster = raster_file(str(feet), "scene", wanted("a"))
@@ -223,6 +309,13 @@ def test_overviews_show_the_scene(make: Callable[..., Path]) -> None:
     values = np.arange(10000, dtype=np.float32).reshape(1, 100, 100)
     raster = raster_file(str(make(values)), "scene", wanted("a"))
     assert np.array_equal(raster.overview((10, 20))[0], values[0, 5::10, 2::5])
+    values = RNG.integers(0, 9999, (2, 200, 333)).astype(np.uint16)
+    for block in (16, 64):
+        tiled = make(values, tiled=True, blockxsize=block, blockysize=block, compress="deflate")
+        for shape in ((5, 7), (60, 333), (200, 100)):
+            rows, cols = (sample_positions(n, m) for n, m in zip(values.shape[1:], shape, strict=True))
+            found = raster_file(str(tiled), "scene", wanted("a", "b")).overview(shape)
+            assert np.array_equal(found, values[:, rows][:, :, cols])
 
 
 def test_complex_rasters_are_refused(make: Callable[..., Path]) -> None:

@@ -55,6 +55,7 @@ HOMES = {
     "rasterio": {"segcore.io.geotiff", "segcore.io.cog"},
     "nibabel": {"segcore.io.nifti"},
     "zarr": {"segcore.io.scratch"},
+    "google_crc32c": {"segcore.io.scratch"},
     "pystac": {"segcore.io.stac"},
     "onnxruntime": {"segcore.model.onnx", "segcore.model.graph", "segcore.model.stages"},
     "onnx": {"segcore.model.graph", "segcore.model.marking", "segcore.model.stages"},

@@ -180,6 +180,8 @@ def test_staging_unpacks_once_and_pickles(tmp_path: Path) -> None:
     path = save(tmp_path / "scene.nii.gz", RNG.random(SHAPE).astype(np.float32))
     volume = Nifti(str(path), "scene", Wanted(("T1w",), "xyz"))
     staged = volume.stage(tmp_path / "staged")
+    assert [file.stat().st_size for file in (tmp_path / "staged").iterdir()] == [volume.staged_bytes]
+    assert staged.staged_bytes == 0
     (file,) = (tmp_path / "staged").iterdir()
     changed = file.stat().st_mtime_ns
     again = pickle.loads(pickle.dumps(volume.stage(tmp_path / "staged")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 
@@ -45,6 +46,41 @@ def test_chunks_that_are_cut_short_are_made_again(tmp_path: Path) -> None:
     assert not chunk.exists()
     (tmp_path / "s" / "scores" / "c" / "1" / "1" / "0").write_bytes(b"")
     assert scratch.done() == set()
+
+
+def test_damage_that_is_old_is_found_when_it_is_read(tmp_path: Path) -> None:
+    scratch = create(tmp_path / "s")
+    for row in (0, 1, 2):
+        core = Box((10 * row, 0), (10 * row + 10, 8)) & GRID.box
+        scratch.write((row, 0), core, np.ones(core.shape, np.uint8))
+    chunks = [tmp_path / "s" / "labels" / "c" / str(row) / "0" for row in range(3)]
+    chunks[0].write_bytes(chunks[0].read_bytes()[:-3])
+    chunks[1].write_bytes(b"")
+    for chunk in chunks[:2]:
+        os.utime(chunk, (1e9, 1e9))
+    assert scratch.done() == {(0, 0), (2, 0)}
+    with pytest.raises(ProductError, match="1 damaged tiles") as caught:
+        scratch.read(GRID.box)
+    assert caught.value.retryable
+    assert scratch.done() == {(2, 0)}
+
+
+def test_a_tile_without_its_scores_is_not_done(tmp_path: Path) -> None:
+    scratch = create(tmp_path / "s", classes=2)
+    for row in (0, 1):
+        core = Box((10 * row, 0), (10 * row + 10, 8))
+        scratch.write((row, 0), core, np.ones((10, 8), np.uint8), np.ones((2, 10, 8), np.float32))
+    (tmp_path / "s" / "scores" / "c" / "1" / "0" / "0").unlink()
+    assert scratch.done() == scratch.present() == {(1, 0)}
+
+
+@pytest.mark.parametrize("pixels", [1, 100, 10**6])
+def test_pieces_are_whole_tiles_and_cover_the_grid_once(tmp_path: Path, pixels: int) -> None:
+    seen = np.zeros(GRID.shape, int)
+    for box in create(tmp_path / "s").pieces(pixels):
+        seen[box.slices()] += 1
+        assert all(a % c == 0 for a, c in zip(box.start, (10, 8), strict=True))
+    assert (seen == 1).all()
 
 
 def test_leftovers_of_a_killed_writer_are_removed(tmp_path: Path) -> None:

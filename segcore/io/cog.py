@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -26,12 +28,22 @@ from rasterio.windows import Window
 from segcore.box import Box
 from segcore.errors import ProductError, one_line
 from segcore.io.source import Frame, LabelReader, Labels, Legend
+from segcore.spec import usable_cores
 
 #: GDAL's own block cache takes a share of all memory unless it is bounded (bytes).
 GDAL_CACHE = 64 * 2**20
 #: All that rasterio raises; the second one is not among its public errors, and comes through all the same.
 GDAL_ERRORS = (RasterioError, CPLE_BaseError)
 _BLOCK = 512
+#: Side of what is read, written or compared at once (pixels).
+_PIECE = 4 * _BLOCK
+#: Of DEFLATE: the next one takes two and a half times as long to make masks smaller by a twentieth.
+_LEVEL = 5
+#: How what is only read again is stored: quickly.
+_PLAIN: dict[str, Any] = {"tiled": True, "blockxsize": _BLOCK, "blockysize": _BLOCK, "BIGTIFF": "IF_SAFER"}
+_PLAIN |= {"compress": "zstd", "zstd_level": 1, "interleave": "band"}
+Halve = Callable[[Labels], Labels]
+"""Makes pixels of half the resolution."""
 #: The transform of a raster that has none.
 _NOWHERE = tuple(Affine.identity())[:6]
 
@@ -50,7 +62,8 @@ class GeoFrame:
     def write_labels(self, path: Path, labels: LabelReader, legend: Legend) -> list[Path]:
         """A COG with palette, `mode` overviews and nodata; class names in its tags and in GDAL's sidecar file."""
         colours = {i: (*rgb, 255) for i, _, rgb in legend.classes} | {legend.nodata: (0, 0, 0, 0)}
-        with self._written(path, 1, "uint8", legend.nodata, overviews="mode", predictor="NO") as to:
+        halve = partial(_mode_of_four, nodata=legend.nodata)
+        with self._written(path, 1, "uint8", legend.nodata, halve=halve, predictor="NO") as to:
             for box in _file_order(self.shape):
                 to.write(labels.read(box), 1, window=window_of(box))
             to.write_colormap(1, colours)
@@ -62,7 +75,7 @@ class GeoFrame:
 
     def write_scores(self, path: Path, labels: LabelReader, legend: Legend) -> list[Path]:
         count = len(legend.classes)
-        with self._written(path, count, "float32", float("nan"), overviews="average", predictor="YES") as to:
+        with self._written(path, count, "float32", float("nan"), halve=None, predictor="YES") as to:
             for band, (index, name, _) in enumerate(legend.classes, start=1):
                 for box in _file_order(self.shape):
                     to.write(labels.read_scores(box, index), band, window=window_of(box))
@@ -82,8 +95,8 @@ class GeoFrame:
                 found = frame_of(written)
                 if found != self:
                     raise ProductError(f"{path} does not lie on its scene: {found} should be {self}; report this bug")
-                for band, read in bands:
-                    for box in _file_order(self.shape):
+                for box in _file_order(self.shape):
+                    for band, read in bands:
                         if not np.array_equal(written.read(band, window=window_of(box)), read(box), equal_nan=True):
                             raise ProductError(f"{path} differs from what was written to it in {box}; run again")
         except GDAL_ERRORS as error:
@@ -119,34 +132,40 @@ class GeoFrame:
 
     @contextlib.contextmanager
     def _written(
-        self, path: Path, count: int, dtype: str, nodata: float, *, overviews: str, predictor: str
+        self, path: Path, count: int, dtype: str, nodata: float, *, halve: Halve | None, predictor: str
     ) -> Iterator[Any]:
-        """A plain tiled file to be filled, which is then copied into a COG at `path`. Raises ProductError."""
+        """A plain tiled file to be filled, which is then copied into a COG at `path`. Raises ProductError.
+
+        `halve` makes the overviews of a single band; those of others are GDAL's, averages.
+        """
         rows, cols = self.shape
         plain = path.with_name(f"{path.stem}.plain.tif")
-        for leftover in (plain, path, _sidecar_of(plain), _sidecar_of(path)):
+        overviews = _overview_files(plain, self.shape) if halve else []
+        leftovers = [file for made in (plain, *overviews) for file in (made, _sidecar_of(made))]
+        for leftover in (*leftovers, path, _sidecar_of(path)):
             leftover.unlink(missing_ok=True)  # GDAL would look into what an interrupted run left
         profile = {"driver": "GTiff", "height": rows, "width": cols, "count": count, "dtype": dtype, "nodata": nodata}
-        layout = {"tiled": True, "blockxsize": _BLOCK, "blockysize": _BLOCK, "compress": "zstd", "zstd_level": 1}
         georeference: dict[str, Any] = {"crs": self.crs}
         if self.gcps:
             georeference["gcps"] = [GroundControlPoint(*point) for point in self.gcps]
         elif self.transform != _NOWHERE:
             georeference["transform"] = Affine(*self.transform)
-        cog = {"compress": "DEFLATE", "level": 6, "blocksize": _BLOCK, "bigtiff": "IF_SAFER", "num_threads": 2}
-        cog |= {"overview_resampling": overviews, "predictor": predictor}
+        cog = {"compress": "DEFLATE", "level": _LEVEL, "blocksize": _BLOCK, "bigtiff": "IF_SAFER"}
+        cog |= {"num_threads": usable_cores(), "overview_resampling": "average", "predictor": predictor}
         try:
             with gdal_environment():
-                with rasterio.open(plain, "w", **profile, **layout, **georeference, BIGTIFF="IF_SAFER") as to:
+                with rasterio.open(plain, "w", **profile, **_PLAIN, **georeference) as to:
                     if self.area_or_point:
                         to.update_tags(AREA_OR_POINT=self.area_or_point)
                     yield to
+                if halve is not None:
+                    _build_overviews([plain, *overviews], halve)
                 rasterio.shutil.copy(plain, path, driver="COG", **cog)
         except GDAL_ERRORS as error:
             raise ProductError(
                 f"cannot write {path}: {one_line(error.__cause__ or error)}; free some space, run again", retryable=True
             ) from error
-        for leftover in (plain, _sidecar_of(plain)):
+        for leftover in leftovers:
             leftover.unlink(missing_ok=True)
 
 
@@ -171,11 +190,90 @@ def window_of(box: Box) -> Window:
 
 
 def _file_order(shape: tuple[int, int]) -> Iterator[Box]:
-    """Full-width slabs that begin on a row of blocks."""
+    """Squares of whole blocks, as large as the largest tiles: however wide a scene is, no more is held at once."""
+    counts = [-(-n // _PIECE) for n in shape]
+    return (Box.cell(index, (_PIECE, _PIECE), shape) for index in product(*map(range, counts)))
+
+
+def _overview_files(plain: Path, shape: tuple[int, int]) -> list[Path]:
+    """Where GDAL looks for the overviews of a file, each half as large as the one before, down to a single block."""
+    count = 0
+    while max(shape) > _BLOCK << count:
+        count += 1
+    return [plain.with_name(plain.name + ".ovr" * (level + 1)) for level in range(count)]
+
+
+def _build_overviews(levels: Sequence[Path], halve: Halve) -> None:
+    """Make each of these files from the one before it, piece by piece, so that every pixel is read once."""
+    for finer, coarser in pairwise(levels):
+        with rasterio.open(finer) as read:
+            shape = tuple(-(-n // 2) for n in read.shape)
+            profile = {"driver": "GTiff", "height": shape[0], "width": shape[1], "count": 1, "dtype": read.dtypes[0]}
+            with rasterio.open(coarser, "w", **profile, nodata=read.nodata, **_PLAIN) as to:
+                for box in _file_order(read.shape):
+                    half = Box(tuple(n // 2 for n in box.start), tuple(-(-n // 2) for n in box.stop))
+                    to.write(halve(read.read(1, window=window_of(box))), 1, window=window_of(half))
+
+
+def _mode_of_four(labels: Labels, nodata: int) -> Labels:
+    """Every 2 x 2 pixels as one: the label that most of the valid ones bear, the lowest of those that tie.
+
+    The result is nodata where all four are. At an odd edge the last pixels count twice.
+    """
+    rows, cols = labels.shape
+    if rows % 2 or cols % 2:
+        labels = np.pad(labels, ((0, rows % 2), (0, cols % 2)), mode="edge")
+    # In four numbers in order, equals are neighbours; nodata is made the last one of all.
+    shift = np.uint8(255 - nodata)
+    pixels = [labels[i::2, j::2] + shift for i in (0, 1) for j in (0, 1)]
+    for i, j in ((0, 1), (2, 3), (0, 2), (1, 3), (1, 2)):
+        pixels[i], pixels[j] = np.minimum(pixels[i], pixels[j]), np.maximum(pixels[i], pixels[j])
+    first, second, third, fourth = pixels
+    found = first.copy()
+    np.copyto(found, third, where=(third == fourth) & (third != 255))
+    np.copyto(found, second, where=(second == third) & (second != 255))
+    np.copyto(found, first, where=first == second)
+    return found - shift
+
+
+def tiled_bytes(shape: tuple[int, int], count: int, dtype: str) -> int:
+    """The size of what `write_tiled` writes, but for its header; at most, as its last blocks may be lower."""
+    rows, cols = (-(-n // _BLOCK) * _BLOCK for n in shape)
+    return rows * cols * count * np.dtype(dtype).itemsize
+
+
+def write_tiled(
+    path: Path,
+    shape: tuple[int, int],
+    count: int,
+    dtype: str,
+    nodata: float | None,
+    read: Callable[..., NDArray[Any]],
+) -> None:
+    """Fill a plain tiled file, in one step, with what `read(at=box)` gives (count, *box.shape), rows by rows.
+
+    No more is held than some 32 MiB, or 16 rows. Raises ProductError where it cannot be written.
+    """
     rows, cols = shape
-    step = max(1, 2**23 // (cols * _BLOCK)) * _BLOCK
-    for start in range(0, rows, step):
-        yield Box((start, 0), (min(start + step, rows), cols))
+    bytes_per_row = cols * count * max(4, np.dtype(dtype).itemsize)
+    height = next((h for h in (512, 256, 128, 64, 32) if h * bytes_per_row <= GDAL_CACHE // 2), 16)
+    layout = {"tiled": True, "blockxsize": _BLOCK, "blockysize": height, "interleave": "band", "BIGTIFF": "IF_SAFER"}
+    layout |= {"photometric": "MINISBLACK", "nodata": nodata}
+    unfinished = path.with_suffix(".partial")
+    profile = {"driver": "GTiff", "height": rows, "width": cols, "count": count, "dtype": dtype}
+    anywhere = Affine.translation(1, 1)  # where it lies, the scene knows; GDAL warns of files without a transform
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.unlink(missing_ok=True)
+        with rasterio.open(unfinished, "w", **profile, **layout, transform=anywhere) as to:
+            for row in range(0, rows, height):
+                box = Box((row, 0), (min(row + height, rows), cols))
+                to.write(read(at=box), window=window_of(box))
+        os.replace(unfinished, path)
+    except (OSError, *GDAL_ERRORS) as error:
+        raise ProductError(
+            f"cannot copy into {path}: {one_line(error.__cause__ or error)}; free some space, run again", retryable=True
+        ) from error
 
 
 def _sidecar_of(path: Path) -> Path:

@@ -7,17 +7,20 @@ channel comes from, and bands on a coarser lattice are interpolated onto the fin
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime as datetime_type
-from itertools import groupby
+from functools import partial
+from itertools import groupby, pairwise, product
 from math import hypot, isfinite
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import rasterio
+from numpy.typing import NDArray
 from rasterio.enums import ColorInterp, MaskFlags, Resampling
 from rasterio.errors import RasterioIOError
 from rasterio.io import DatasetReader
@@ -26,10 +29,13 @@ from segcore.box import Box
 from segcore.errors import SceneError, one_line
 from segcore.files import is_remote
 from segcore.grid import Grid, Rescale
-from segcore.io.cog import GDAL_ERRORS, frame_of, gdal_environment, window_of
+from segcore.io.cog import GDAL_ERRORS, frame_of, gdal_environment, tiled_bytes, window_of, write_tiled
 from segcore.io.identity import identities
-from segcore.io.source import Floats, Source, Wanted
+from segcore.io.source import Floats, Source, Wanted, sample_positions
 from segcore.resample import interpolate
+
+#: Longest side (pixels) of a block that is read as it is: of a longer one, a tile shows but a part.
+WIDEST_BLOCK = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +73,7 @@ class Raster:
         self.warnings = tuple(warnings)
         self._bands = tuple(bands)
         self._described_by = described_by
+        self._copies: Mapping[str, tuple[Band, ...]] = {}  # in the order of the channels that each file holds
         self._local = threading.local()
         with gdal_environment():
             files = {band.uri: self._dataset(band.uri) for band in self._bands}
@@ -86,15 +93,11 @@ class Raster:
             self.warnings += ("the scene has no coordinate reference system; its mask has none either",)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _reopen, (
-            self.uri,
-            self.name,
-            self._bands,
-            self.channels,
-            self.datetime,
-            self.warnings,
-            self._described_by,
-        )
+        return _reopen, (self._copies, *self._arguments())
+
+    def _arguments(self) -> tuple[Any, ...]:
+        described = (self.datetime, self.warnings, self._described_by)
+        return self.uri, self.name, self._bands, self.channels, *described
 
     def identity(self) -> Mapping[str, Any]:
         with gdal_environment():
@@ -104,29 +107,92 @@ class Raster:
         bands = [[band.uri, band.index, band.scale, band.offset, str(band.nodata)] for band in self._bands]
         return {"files": files, "bands": bands, **({"item": self._described_by} if self._described_by else {})}
 
+    @property
+    def staged_bytes(self) -> int:
+        with gdal_environment():
+            return sum(
+                tiled_bytes(self._dataset(uri).shape, len(positions), self._stored_type(uri) or "float32")
+                for uri, positions in self._by_file()
+                if _lies_in_rows(self._dataset(uri))
+            )
+
     def stage(self, folder: Path) -> Raster:
-        return self
+        """Copy files in compressed strips into tiles, once: what lies beside a tile is unpacked with it, every time."""
+        with gdal_environment():
+            uris = [uri for uri, _ in self._by_file() if _lies_in_rows(self._dataset(uri))]
+            copies = {uri: self._copied(uri, folder) for uri in uris}
+        return _reopen(copies, *self._arguments()) if copies else self
+
+    def _stored_type(self, uri: str) -> str | None:
+        """The type in which a copy can hold what a file holds; None where only physical values say what is valid."""
+        file = self._dataset(uri)
+        indexes = [band.index - 1 for band in self._bands if band.uri == uri]
+        types = {str(file.dtypes[i]) for i in indexes}
+        values = {str(file.nodatavals[i]) for i in indexes}
+        flags = {flag for i in indexes for flag in file.mask_flag_enums[i]}
+        alike = len(types) == len(values) == 1 and flags <= {MaskFlags.all_valid, MaskFlags.nodata}
+        return types.pop() if alike and not self._alpha(uri, file) else None
+
+    def _copied(self, uri: str, folder: Path) -> tuple[Band, ...]:
+        """The bands of a tiled copy, which is made unless it is there. Raises SceneError, ProductError."""
+        file, bands, kind = (
+            self._dataset(uri),
+            [band for band in self._bands if band.uri == uri],
+            self._stored_type(uri),
+        )
+        identity = repr((uri, identities(_files_behind(uri))[0], bands))
+        path = folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.tif"
+        if not path.exists():
+            read = partial(self._values, bands=bands) if kind is None else partial(self._stored, bands=bands)
+            nodata = file.nodatavals[bands[0].index - 1] if kind else None
+            write_tiled(path, file.shape, len(bands), kind or "float32", nodata, partial(read, uri))
+        if kind is None:
+            return tuple(Band(str(path), i, 1, 0) for i in range(1, len(bands) + 1))
+        scales = [file.scales[band.index - 1] if band.scale is None else band.scale for band in bands]
+        offsets = [file.offsets[band.index - 1] if band.offset is None else band.offset for band in bands]
+        return tuple(
+            Band(str(path), i, scale, offset, band.nodata)
+            for i, (band, scale, offset) in enumerate(zip(bands, scales, offsets, strict=True), start=1)
+        )
 
     def read(self, box: Box) -> Floats:
         out = np.empty((len(self._bands), *box.shape), np.float32)
         with gdal_environment():
             for uri, positions in self._by_file():
-                placement, bands = self._placements[uri], [self._bands[i] for i in positions]
+                placement = self._placements[uri]
                 at = placement.inside(box)
                 if at.size == 0:
                     out[positions] = np.nan
                     continue
-                values = self._values(uri, bands, at)
-                out[positions] = placement.onto(values, at, box)
+                out[positions] = placement.onto(self._read_bands(uri, positions, at), at, box)
         return out
 
     def overview(self, shape: Sequence[int]) -> Floats:
         out = np.empty((len(self._bands), *shape), np.float32)
         with gdal_environment():
             for uri, positions in self._by_file():
-                whole = Box.of(self._dataset(uri).shape)
-                out[positions] = self._values(uri, [self._bands[i] for i in positions], whole, tuple(shape))
+                file = self._dataset(uri)
+                if file.overviews(1):
+                    bands = [self._bands[i] for i in positions]
+                    out[positions] = self._values(uri, bands, Box.of(file.shape), tuple(shape))
+                    continue
+                # Asked for an image of fewer pixels, GDAL unpacks a row of blocks again for every row of that image.
+                source = self._dataset(self._copies[uri][0].uri) if uri in self._copies else file
+                rows, cols = (sample_positions(n, m) for n, m in zip(file.shape, shape, strict=True))
+                for here, across in product(*map(_runs, (rows, cols), source.block_shapes[0])):
+                    box = Box((rows[here][0], cols[across][0]), (rows[here][-1] + 1, cols[across][-1] + 1))
+                    values = self._read_bands(uri, positions, box)
+                    picks = np.ix_(rows[here] - box.start[0], cols[across] - box.start[1])
+                    for position, channel in zip(positions, values, strict=True):
+                        out[position][here, across] = channel[picks]
         return out
+
+    def _read_bands(self, uri: str, positions: Sequence[int], at: Box) -> Floats:
+        """Physical values of a box of one file, or of its copy."""
+        copied = self._copies.get(uri)
+        if copied is not None:
+            return self._values(copied[0].uri, copied, at)
+        return self._values(uri, [self._bands[i] for i in positions], at)
 
     def _by_file(self) -> Iterator[tuple[str, list[int]]]:
         """The files, and which channels each of them holds: a file is read once for all its bands."""
@@ -156,7 +222,7 @@ class Raster:
             single |= {"resampling": Resampling.nearest, "out_shape": shape}
             several |= {"resampling": Resampling.nearest, "out_shape": (len(bands), *shape)}
         try:
-            stored = file.read(indexes, **several)
+            stored: NDArray[Any] = file.read(indexes, **several)
             with np.errstate(over="ignore"):  # values beyond float32 become infinite, and so invalid
                 out = stored.astype(np.float32)
             for i, band in enumerate(bands):
@@ -174,13 +240,38 @@ class Raster:
             if alpha := self._alpha(uri, file):
                 out[:, file.read(alpha, **single) == 0] = np.nan
         except RasterioIOError as error:
-            raise SceneError(
-                f"{uri}: cannot read {at} ({one_line(error.__cause__ or error)}); the file is truncated or damaged, "
-                f"or its storage was away: copy it again",
-                retryable=is_remote(uri),
-            ) from error
+            raise _unreadable(uri, at, error) from error
         np.copyto(out, np.nan, where=np.isinf(out))
         return out
+
+    def _stored(self, uri: str, bands: Sequence[Band], at: Box) -> NDArray[Any]:
+        """What a file holds in a box, (len(bands), *at.shape)."""
+        try:
+            return self._dataset(uri).read([band.index for band in bands], window=window_of(at))
+        except RasterioIOError as error:
+            raise _unreadable(uri, at, error) from error
+
+
+def _unreadable(uri: str, at: Box, error: RasterioIOError) -> SceneError:
+    return SceneError(
+        f"{uri}: cannot read {at} ({one_line(error.__cause__ or error)}); the file is truncated or damaged, or its "
+        f"storage was away: copy it again",
+        retryable=is_remote(uri),
+    )
+
+
+def _lies_in_rows(file: DatasetReader) -> bool:
+    """Whether a tile of this file is read by unpacking far more than the tile."""
+    packed = file.compression is not None or file.driver == "PNG"
+    return packed and max(file.block_shapes[0]) > WIDEST_BLOCK
+
+
+def _runs(positions: NDArray[np.intp], block: int) -> list[slice]:
+    """The positions, in runs that are read at once: from one block or, where none is passed over, from several."""
+    spread = np.diff(positions).max(initial=0) > block
+    piece = positions // (block if spread else max(1, WIDEST_BLOCK // block) * block)
+    ends = [0, *(np.flatnonzero(np.diff(piece)) + 1), len(positions)]
+    return [slice(int(a), int(b)) for a, b in pairwise(ends)]
 
 
 def open_raster(uri: str) -> DatasetReader:
@@ -321,6 +412,7 @@ def _files_behind(uri: str) -> set[str]:
 
 
 def _reopen(
+    copies: Mapping[str, tuple[Band, ...]],
     uri: str,
     name: str,
     bands: Sequence[Band],
@@ -331,6 +423,7 @@ def _reopen(
 ) -> Raster:
     raster = Raster(uri, name, bands, channels, datetime=datetime, described_by=described_by)
     raster.warnings = tuple(warnings)
+    raster._copies = copies
     return raster
 
 

@@ -75,6 +75,10 @@ class ArrayScene:
     def identity(self) -> Mapping[str, Any]:
         return {"name": self.name, "shape": list(self.array.shape)}
 
+    @property
+    def staged_bytes(self) -> int:
+        return 0
+
     def stage(self, folder: Path) -> ArrayScene:
         return self
 

@@ -107,7 +107,7 @@ class NiftiFrame:
         count = len(legend.classes)
         header = self._header(np.float32, (*self.shape, count))
         header["descrip"] = b"segflow scores"
-        self._write(path, header, self._score_blocks(labels, legend))
+        self._write(path, header, self._score_blocks(labels, legend), level=1)  # scores hardly become smaller
         return [path]
 
     def verify(self, path: Path, labels: LabelReader) -> None:
@@ -178,12 +178,12 @@ class NiftiFrame:
         header["intent_code"] = 0
         return header
 
-    def _write(self, path: Path, header: nib.Nifti1Header, blocks: Iterator[NDArray[Any]]) -> None:
+    def _write(self, path: Path, header: nib.Nifti1Header, blocks: Iterator[NDArray[Any]], level: int = 6) -> None:
         """Header and voxels, gzipped without name or time: the same labels always make the same bytes."""
         try:
             with (
                 path.open("wb") as file,
-                gzip.GzipFile(filename="", mode="wb", fileobj=file, compresslevel=6, mtime=0) as packed,
+                gzip.GzipFile(filename="", mode="wb", fileobj=file, compresslevel=level, mtime=0) as packed,
             ):
                 header.write_to(packed)
                 packed.write(b"\0" * (int(header["vox_offset"]) - packed.tell()))
@@ -247,6 +247,12 @@ class Nifti:
     def identity(self) -> Mapping[str, Any]:
         files = {str(holder.filename) for holder in self._image.file_map.values()} if not self._staged else set()
         return {"files": {uri: file_identity(uri) for uri in sorted(files | {self.uri})}}
+
+    @property
+    def staged_bytes(self) -> int:
+        if self._staged or not local_path(self.uri).name.lower().endswith(".gz"):
+            return 0
+        return int(self._image.dataobj.offset) + int(np.prod(self._image.shape)) * self._image.get_data_dtype().itemsize
 
     def stage(self, folder: Path) -> Nifti:
         """Unpack a `.nii.gz` once: gzip cannot be sought, so every later read would start from its beginning."""

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import zarr
 from numpy.typing import NDArray
@@ -25,6 +28,8 @@ from segcore.grid import Grid
 from segcore.io.source import Floats, LabelReader, Labels
 
 Index = tuple[int, ...]
+#: A crash of the machine can damage what was written so long before it (seconds): kernels write to disk far sooner.
+UNSAFE_SECONDS = 600.0
 
 
 class Scratch:
@@ -77,50 +82,96 @@ class Scratch:
             ) from error
 
     def present(self) -> set[Index]:
-        """The tiles whose labels have been written. What a writer left that was killed is removed."""
-        chunks = self.root / "labels" / "c"
-        ndim = len(self._labels.shape)
+        """The tiles whose labels, and scores, have been written. What a writer left that was killed is removed."""
         found: set[Index] = set()
-        for folder, _, files in os.walk(chunks):
-            for file in files:
-                parts = Path(folder, file).relative_to(chunks).parts
-                if len(parts) == ndim and all(part.isdigit() for part in parts):
-                    found.add(tuple(int(part) for part in parts))
-                else:
-                    Path(folder, file).unlink(missing_ok=True)
+        for index, entries in self._rows():
+            found.update((*index, int(entry.name)) for entry in entries)
         return found
 
     def done(self) -> set[Index]:
-        """The tiles that are finished and whole. Chunks that do not decode are removed, to be made again."""
-        present = self.present()
-        damaged = {tile for tile in present if not self._is_whole(tile)}
-        for tile in damaged:
-            self.root.joinpath("labels", "c", *map(str, tile)).unlink(missing_ok=True)  # to be made again
-        return present - damaged
+        """The tiles that are finished. Chunks that a crash of the machine has damaged are removed, to be made again.
 
-    def _is_whole(self, tile: Index) -> bool:
-        core = Box.cell(tile, self.core, self._labels.shape)
-        try:
-            self.read(core)
-            for index in range(self._scores.shape[0] if self._scores is not None else 0):
-                self.read_scores(core, index)
-                if not self.root.joinpath("scores", "c", str(index), *map(str, tile)).is_file():
-                    return False
-        except ProductError:
-            return False
-        return True
+        Only the last of them can be: the kernel has long put the others on the disk. So that a million tiles
+        are told in seconds, those alone are compared with their checksums; the others are when they are read.
+        """
+        newest = max((entry.stat().st_mtime for _, entries in self._rows() for entry in entries), default=0.0)
+        found: set[Index] = set()
+        for index, entries in self._rows():
+            for entry in entries:
+                tile = (*index, int(entry.name))
+                status = entry.stat()
+                recent = status.st_mtime > newest - UNSAFE_SECONDS
+                if status.st_size and not (recent and self._damaged(tile)):
+                    found.add(tile)
+                else:
+                    Path(entry).unlink(missing_ok=True)
+        return found
+
+    def _rows(self) -> Iterator[tuple[Index, list[os.DirEntry[str]]]]:
+        """Chunks of labels, folder by folder, with what their index begins with; other files are removed."""
+        chunks = str(self.root / "labels" / "c")
+        scores = self._score_folders()
+        for folder, folders, _ in os.walk(chunks):
+            folders.sort()
+            inside = os.path.relpath(folder, chunks).split(os.sep) if folder != chunks else []
+            with os.scandir(folder) as listed:
+                files = [entry for entry in listed if not entry.is_dir(follow_symlinks=False)]
+            entries = [entry for entry in files if entry.name.isdigit() and len(inside) == len(self.core) - 1]
+            for leftover in set(files).difference(entries):
+                Path(leftover).unlink(missing_ok=True)
+            for other in scores:
+                there = other.joinpath(*inside)
+                names = set(os.listdir(there)) if there.is_dir() else set()
+                entries = [entry for entry in entries if entry.name in names]
+            if entries:
+                yield tuple(map(int, inside)), entries
+
+    def _score_folders(self) -> list[Path]:
+        count = self._scores.shape[0] if self._scores is not None else 0
+        return [self.root / "scores" / "c" / str(index) for index in range(count)]
+
+    def _damaged(self, tile: Index) -> bool:
+        """Whether a chunk of this tile differs from the checksum at its end, or is not there."""
+        place = [str(i) for i in tile]
+        folders = [self.root / "labels" / "c", *self._score_folders()]
+        return not all(_is_whole(folder.joinpath(*place)) for folder in folders)
+
+    def pieces(self, pixels: int = 2**22) -> Iterator[Box]:
+        """The grid in whole tiles, as many of a row of them at a time as have `pixels` pixels; one at the least."""
+        *core, last = self.core
+        size = (*core, last * max(1, pixels // (prod(core) * last)))
+        shape = self._labels.shape
+        counts = [range(-(-n // s)) for n, s in zip(shape, size, strict=True)]
+        return (Box.cell(index, size, shape) for index in product(*counts))
 
     def read(self, box: Box) -> Labels:
-        return np.asarray(_get(self._labels, box.slices(), self.root), np.uint8)
+        """Labels of a box. Raises ProductError where a chunk is damaged; its tile is then made again by a rerun."""
+        return np.asarray(self._get(self._labels, box.slices(), box), np.uint8)
 
     def read_scores(self, box: Box, index: int) -> Floats:
         if self._scores is None:
             raise ProductError(f"{self.root} keeps no scores; run with --scores")
-        return np.asarray(_get(self._scores, (slice(index, index + 1), *box.slices()), self.root)[0], np.float32)
+        return np.asarray(self._get(self._scores, (slice(index, index + 1), *box.slices()), box)[0], np.float32)
 
     def pick(self, positions: Sequence[NDArray[np.intp]]) -> Labels:
         """Labels at the crossings of these positions, one array of them for each axis."""
         return np.asarray(self._labels.oindex[tuple(positions)], np.uint8)
+
+    def _get(self, array: Array[Any], index: tuple[slice, ...], box: Box) -> Any:
+        try:
+            return array[index]
+        except (OSError, ValueError, RuntimeError) as error:
+            ranges = zip(box.start, box.stop, self.core, strict=True)
+            tiles = product(*(range(a // c, -(-b // c)) for a, b, c in ranges))
+            chunks = {tile: self.root.joinpath("labels", "c", *map(str, tile)) for tile in tiles}
+            damaged = [chunk for tile, chunk in chunks.items() if chunk.exists() and self._damaged(tile)]
+            for chunk in damaged:
+                chunk.unlink(missing_ok=True)
+            raise ProductError(
+                f"{self.root} holds {len(damaged)} damaged tiles in {box} ({one_line(error)}); run again to make them "
+                f"anew",
+                retryable=True,
+            ) from error
 
 
 def _opens(path: Path) -> bool:
@@ -158,11 +209,13 @@ def _create(path: Path, shape: tuple[int, ...], chunks: tuple[int, ...], dtype: 
     os.replace(partial, path)
 
 
-def _get(array: Array[Any], index: tuple[slice, ...], root: Path) -> Any:
+def _is_whole(chunk: Path) -> bool:
+    """Whether a chunk ends in the CRC-32C of what is before, as zarr writes it. What else it holds zarr knows."""
     try:
-        return array[index]
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ProductError(f"{root} holds a damaged chunk ({one_line(error)}); run again to make it anew") from error
+        stored = chunk.read_bytes()
+    except OSError:
+        return False
+    return len(stored) > 4 and google_crc32c.value(stored[:-4]) == int.from_bytes(stored[-4:], "little")
 
 
 def _conforms(scratch: Scratch) -> LabelReader:

@@ -131,6 +131,11 @@ class Source(Protocol):
         """What tells this input from a changed one (sizes, times of change, digests), JSON values."""
         ...
 
+    @property
+    def staged_bytes(self) -> int:
+        """Bytes that `stage` puts into its folder, from headers alone; 0 where files are read as they are."""
+        ...
+
     def stage(self, folder: Path) -> Self:
         """The same source, ready for random access; what that takes is put into `folder`, once."""
         ...
