@@ -48,6 +48,14 @@ class WeightsName(StrEnum):
     constant = "constant"
 
 
+class PrecisionName(StrEnum):
+    """`--precision`."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    int8 = "int8"
+
+
 Scenes = Annotated[list[str], typer.Argument(help="Files, folders, globs, list files (.txt) or STAC Items.")]
 ModelName = Annotated[str, typer.Option("--model", "-m", help="A built-in model, or a folder with a card.json.")]
 Out = Annotated[str, typer.Option("--out", "-o", help="Folder for the products.")]
@@ -63,6 +71,13 @@ WeightsOption = Annotated[
 Tolerance = Annotated[
     float | None,
     typer.Option(help="Accept scores that differ by this from the whole image's, for a shorter halo; default: none."),
+]
+PrecisionOption = Annotated[
+    PrecisionName,
+    typer.Option("--precision", help="Numbers that the network computes in; int8: once it has proved itself."),
+]
+Agreement = Annotated[
+    float, typer.Option(help="Share of labels that must be those of fp32, or --precision is refused.")
 ]
 Scores = Annotated[bool, typer.Option("--scores", help="Write the score of every class, too.")]
 Bands = Annotated[str | None, typer.Option(help="Names of a raster's bands in file order, such as blue,green,red,nir.")]
@@ -82,6 +97,8 @@ def run(
     overlap: Overlap = None,
     weights: WeightsOption = None,
     tolerance: Tolerance = None,
+    precision: PrecisionOption = PrecisionName.fp32,
+    agreement: Agreement = 0.995,
     scores: Scores = False,
     bands: Bands = None,
     scale: Scale = None,
@@ -98,7 +115,9 @@ def run(
     Exit code 0: every scene is done or up to date; 1: some failed, the others are done; 2: nothing was run; 75: stopped
     by SIGTERM, run again to go on.
     """
-    settings = _settings(memory, tile, mode, overlap, weights, tolerance, scores, bands, scale, offset)
+    settings = _settings(
+        memory, tile, mode, overlap, weights, tolerance, precision, agreement, scores, bands, scale, offset
+    )
     as_flow = server_is_configured() if prefect is None else prefect
     with reporting(quiet=as_json) as reporter:
         if as_flow:
@@ -126,6 +145,8 @@ def plan(
     overlap: Overlap = None,
     weights: WeightsOption = None,
     tolerance: Tolerance = None,
+    precision: PrecisionOption = PrecisionName.fp32,
+    agreement: Agreement = 0.995,
     bands: Bands = None,
     scale: Scale = None,
     offset: Offset = None,
@@ -139,7 +160,9 @@ def plan(
     if len(uris) > 1:
         raise PlanError(f"{scene} names {len(uris)} scenes; plan one at a time, such as {uris[0]}")
 
-    settings = _settings(memory, tile, mode, overlap, weights, tolerance, False, bands, scale, offset)
+    settings = _settings(
+        memory, tile, mode, overlap, weights, tolerance, precision, agreement, False, bands, scale, offset
+    )
     prospect = survey(Job(product_name(uris[0]), uris[0], model, out, settings))
     facts = provenance(prospect, "", "")["segflow:plan"] | {"tiles": len(prospect.plan)}
     facts |= {"scene": prospect.source.uri, "grid": list(prospect.source.grid.shape)}
@@ -289,6 +312,8 @@ def _settings(
     overlap: int | None,
     weights: WeightsName | None,
     tolerance: float | None,
+    precision: PrecisionName,
+    agreement: float,
     scores: bool,
     bands: str | None,
     scale: float | None,
@@ -302,6 +327,8 @@ def _settings(
         overlap=overlap,
         weights=weights.value if weights else None,
         tolerance=tolerance,
+        precision=precision.value,
+        agreement=agreement,
         scores=scores,
         bands=names,
         scale=scale,

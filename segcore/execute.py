@@ -27,6 +27,7 @@ from segcore.io.scratch import Scratch
 from segcore.io.source import Source
 from segcore.model import load_segmenter
 from segcore.model.card import Model
+from segcore.model.quantise import Quantised
 from segcore.model.segmenter import Segmenter
 from segcore.plan import TILES_IN_FLIGHT, Index, Plan
 from segcore.scaling import Scaling
@@ -44,13 +45,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """All that a worker has to know to label tiles of one scene."""
+    """All that a worker has to know to label tiles of one scene; `quantised`: the network in int8 that is run."""
 
     plan: Plan
     model: Model
     source: Source
     scaling: Scaling
     scratch: Scratch
+    quantised: Quantised | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,14 +97,15 @@ class Bench(WorkerPlugin):  # type: ignore[misc]
         with self._lock:
             return _recent(self._recipes, key, lambda: pickle.loads(packed), keep=8)
 
-    def segmenter(self, model: Model) -> Segmenter:
+    def segmenter(self, model: Model, quantised: Quantised | None) -> Segmenter:
         """The network of a model, loaded on first use."""
+        key = f"{model.digest} {quantised.sha256 if quantised else 'fp32'}"
         with self._lock:
-            return _recent(self._segmenters, model.digest, lambda: load_segmenter(model, self._threads), keep=2)
+            return _recent(self._segmenters, key, lambda: load_segmenter(model, self._threads, quantised), keep=2)
 
     def labeller(self, recipe: Recipe) -> Labeller:
         """What labels the tiles of a recipe here."""
-        segmenter = self.segmenter(recipe.model)
+        segmenter = self.segmenter(recipe.model, recipe.quantised)
         return Labeller(recipe.plan, recipe.model.card, recipe.source, recipe.scaling, segmenter)
 
     @contextlib.contextmanager

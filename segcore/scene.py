@@ -31,9 +31,11 @@ from segcore.grid import Grid
 from segcore.io import open_scene
 from segcore.io.scratch import Scratch
 from segcore.io.source import Source, Wanted
-from segcore.model import load_segmenter
+from segcore.model import check_int8, load_segmenter
 from segcore.model.card import Card, Model, load_card
+from segcore.model.quantise import Quantised, find_quantised, keep_quantised, put
 from segcore.plan import Plan, make_plan
+from segcore.precision import Proof, prove
 from segcore.publish import ClassShare, class_shares, is_current, legend_of, manifest_of, manifest_path, publish
 from segcore.scaling import Scaling, fit_scaling
 from segcore.seams import Measured, SeamReport, measure_halo, report_seams
@@ -68,13 +70,17 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Prospect:
-    """What is known of a job before any heavy work: headers, card, plan and the fingerprint of the product."""
+    """What is known of a job before any heavy work: headers, card, plan and the fingerprint of the product.
+
+    `calibration`: digest of the scene that a network in int8 is calibrated on, and of how it was read; None in fp32.
+    """
 
     job: Job
     model: Model
     source: Source
     plan: Plan
     fingerprint: str
+    calibration: str | None = None
 
     @property
     def hidden(self) -> Path:
@@ -95,7 +101,8 @@ def survey(job: Job) -> Prospect:
     """Read card and headers, and plan. Raises SegcoreError for what cannot work, before any heavy work."""
     model = load_card(job.model)
     source = open_scene(job.uri, wanted_by(model.card), job.settings)
-    fingerprint = _fingerprint(job, model, source)
+    calibration = _calibration(job, model, source)
+    fingerprint = _fingerprint(job, model, source, calibration)
     canvas = canvas_of(source, model.card)
     sight = model.card.sight(job.settings.overlap, job.settings.weights)
     memory = job.settings.memory or free_memory() // 2
@@ -113,7 +120,7 @@ def survey(job: Job) -> Prospect:
         if side or core is None:
             raise
         plan = plan_with(None)
-    return Prospect(job, model, source, plan, fingerprint)
+    return Prospect(job, model, source, plan, fingerprint, calibration)
 
 
 def segment_scene(job: Job, workers: Workers, progress: Progress = lambda *_: None) -> Outcome:
@@ -143,6 +150,7 @@ def segment_scene(job: Job, workers: Workers, progress: Progress = lambda *_: No
             check_range(source, card)
             scaling = _kept(scratch.root / "scaling.json", Scaling, lambda: fit_scaling(card.scaling, source))
             recipe = Recipe(plan, prospect.model, source, scaling, scratch)
+            recipe, proof = _quantise(recipe, workers, prospect)
             halo = _measure_halo(recipe, workers, job.settings.tolerance)
             if halo is not None:
                 plan = plan.with_halo(halo.halo)
@@ -159,6 +167,7 @@ def segment_scene(job: Job, workers: Workers, progress: Progress = lambda *_: No
             engine = next((report.engine for report in reports), "")
             facts = {
                 **provenance(prospect, created, engine),
+                **({"segflow:int8": proof.to_json()} if proof else {}),
                 **({"segflow:measured_halo": halo.to_json()} if halo else {}),
                 "segflow:classes": [share.to_json() for share in shares],
                 "segflow:valid_fraction": round(sum(share.pixels for share in shares) / source.grid.size, 6),
@@ -228,7 +237,10 @@ def check_seams(product: Path) -> SeamReport:
     plan = replace(prospect.plan, core=core, shortened=halo.halo if halo else None)
     if plan.mode != "blend" and not plan.sight.local:
         return SeamReport(0, 0, 0, 0, 0.0, SAME_SCORES)  # one tile is the only way to label it
-    segmenter = load_segmenter(prospect.model, usable_cores())
+    network = find_quantised(prospect.model) if prospect.calibration else None
+    if prospect.calibration and network is None:
+        raise ProductError(f"{product}: the network in int8 that made it is no longer kept; run the scene again")
+    segmenter = load_segmenter(prospect.model, usable_cores(), network)
     with tempfile.TemporaryDirectory() as folder:
         source = prospect.source.stage(Path(folder))
         labeller = Labeller(plan, prospect.model.card, source, scaling, segmenter)
@@ -343,6 +355,48 @@ def _measure_halo(recipe: Recipe, workers: Workers, tolerance: float | None) -> 
     )
 
 
+def _quantise(recipe: Recipe, workers: Workers, prospect: Prospect) -> tuple[Recipe, Proof | None]:
+    """The recipe with the network in int8, where that is wanted, and what it was found to be worth on this scene.
+
+    The network lies beside the tiles: a restart takes the very same, and so does every worker. Raises ModelError where
+    it agrees too little with fp32.
+    """
+    if prospect.calibration is None:
+        return recipe, None
+    model, path = prospect.model, recipe.scratch.root / "int8.zip"
+    kept = find_quantised(model)
+    if kept is not None and kept.calibration == prospect.calibration:
+        try:
+            put(kept.path, path)
+        except OSError as error:
+            raise ProductError(f"cannot write {path}: {error.strerror or error}", retryable=True) from error
+        kept = replace(kept, path=path)
+    else:  # this scene is calibrated on, whatever another run has kept since
+        kept = None
+    work = partial(prove, model=model, path=path, kept=kept, calibration=prospect.calibration)
+    proof = _kept(recipe.scratch.root / "int8.json", Proof, lambda: run_once(recipe, workers, work))
+    proof.check(prospect.job.settings.agreement, model.card.name)
+    network = Quantised(path, proof.sha256, proof.calibration)
+    keep_quantised(model, network)
+    return replace(recipe, quantised=network), proof
+
+
+def _calibration(job: Job, model: Model, source: Source) -> str | None:
+    """What a network in int8 is calibrated on, None in fp32: the scene of the one that is kept, or else this one.
+
+    Raises PlanError, ModelError where the precision is not to be had.
+    """
+    if job.settings.precision == "fp32":
+        return None
+    if job.settings.precision == "bf16":
+        raise PlanError("--precision bf16 is for a GPU, and none is used here; leave it out, or try --precision int8")
+    check_int8(model)
+    if (kept := find_quantised(model)) is not None:
+        return kept.calibration
+    mine = {"input": source.identity(), "settings": job.settings.pixels()}
+    return hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()
+
+
 class _Finding(Protocol):
     """What was measured on a scene, as JSON."""
 
@@ -369,14 +423,19 @@ def _kept(path: Path, kind: type[_F], measure: Callable[[], _F]) -> _F:
     return found
 
 
-def _fingerprint(job: Job, model: Model, source: Source) -> str:
-    """SHA-256 of all that a product depends on: input, model, settings, and the version of the arithmetic."""
+def _fingerprint(job: Job, model: Model, source: Source, calibration: str | None) -> str:
+    """SHA-256 of all that a product depends on: input, model, settings, and the version of the arithmetic.
+
+    Of a network in int8 also what it was calibrated on, which may be another scene.
+    """
     parts = {
         "pixels": PIXEL_VERSION,
         "input": source.identity(),
         "model": model.digest,
         "settings": job.settings.pixels(),
     }
+    if calibration is not None:
+        parts["calibration"] = calibration
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
