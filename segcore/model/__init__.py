@@ -46,8 +46,8 @@ def check_int8(model: Model) -> None:
         )
     if find_spec("openvino") is None or find_spec("nncf") is None:
         raise ModelError(
-            "--precision int8 is run by OpenVINO, which is not installed (or NNCF, which quantises, is not); run `pip install 'segflow[openvino]'`, on "
-            "every worker, or leave --precision int8 out"
+            "--precision int8 needs OpenVINO, which runs the network, and NNCF, which makes it, and they are not "
+            "installed; run `pip install 'segflow[openvino]'`, on every worker too, or leave --precision int8 out"
         )
 
 

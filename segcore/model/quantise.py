@@ -1,7 +1,7 @@
 """Networks in 8-bit integers: made from an ONNX file and real pixels, and kept, so that it is done once.
 
-Static quantisation (Jacob et al. 2018, arXiv:1712.05877), by NNCF: the scales of all tensors are fixed when the network is
-made, from what it says about the pixels that it is calibrated on. So a network that is local stays local: no scale
+Static quantisation (Jacob et al. 2018, arXiv:1712.05877), by NNCF: the scales of all tensors are fixed when the network
+is made, from what it says about the pixels that it is calibrated on. So a network that is local stays local: no scale
 depends on what else a window shows.
 """
 
