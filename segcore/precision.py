@@ -38,13 +38,16 @@ class Proof:
     """What a network in int8 was found to be worth on a scene.
 
     `agreement`: share of its labels that are those of fp32, of `pixels` valid pixels at `places` that it was not
-    calibrated on; `calibration`, `sha256`: which network it was; `engine`: what ran it; `speed`: seconds of fp32 over
+    calibrated on; `of_class`, `kept`: how many of these fp32 gives each class, and how many of them int8 gives it, too;
+    `calibration`, `sha256`: which network it was; `engine`: what ran it; `speed`: seconds of fp32 over
     its own, for the same pixels.
     """
 
     agreement: float
     pixels: int
     places: int
+    of_class: tuple[int, ...]
+    kept: tuple[int, ...]
     calibration: str
     sha256: str
     engine: str
@@ -55,10 +58,15 @@ class Proof:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Proof:
-        return cls(**fields)
+        return cls(**fields | {key: tuple(map(int, fields[key])) for key in ("of_class", "kept")})
 
     def check(self, limit: float, model: str) -> None:
-        """Raises ModelError where the agreement is below the limit."""
+        """Raises ModelError where the agreement is below the limit, or says nothing: labels that are all alike."""
+        if sum(count > 0 for count in self.of_class) < 2:
+            raise ModelError(
+                f"model {model} in fp32 gives all {self.pixels} pixels at {self.places} places of the scene one label, "
+                f"so that nothing is proved of int8; leave --precision int8 out"
+            )
         if self.agreement < limit:
             raise ModelError(
                 f"model {model} in int8 gives {self.agreement:.4%} of the labels that it gives in fp32 ({self.pixels} "
@@ -85,16 +93,28 @@ def prove(labeller: Labeller, model: Model, path: Path, kept: Quantised | None, 
     quick = replace(seen, segmenter=segmenter)
     for warm in (plain, quick):  # what is done once for each size of window does not count
         warm(compared[0])
-    equal, pixels, slow_seconds, quick_seconds = 0, 0, 0.0, 0.0
+    classes = len(labeller.card.classes)
+    of_class, same = np.zeros(classes, np.int64), np.zeros(classes, np.int64)
+    slow_seconds = quick_seconds = 0.0
     for tile in compared:
         expected, found = plain(tile), quick(tile)
         valid = expected.labels != labeller.card.label_nodata
-        equal += int(np.count_nonzero((expected.labels == found.labels) & valid))
-        pixels += expected.valid
+        of_class += np.bincount(expected.labels[valid], minlength=classes)
+        same += np.bincount(expected.labels[valid & (expected.labels == found.labels)], minlength=classes)
         slow_seconds += expected.infer_seconds
         quick_seconds += found.infer_seconds
-    speed = round(slow_seconds / max(quick_seconds, 1e-9), 2)
-    return Proof(equal / pixels, pixels, len(compared), network.calibration, network.sha256, segmenter.engine, speed)
+    pixels = int(of_class.sum())
+    return Proof(
+        float(same.sum()) / pixels,
+        pixels,
+        len(compared),
+        tuple(map(int, of_class)),
+        tuple(map(int, same)),
+        network.calibration,
+        network.sha256,
+        segmenter.engine,
+        round(slow_seconds / max(quick_seconds, 1e-9), 2),
+    )
 
 
 class _Onlooker:

@@ -29,10 +29,10 @@ needs_openvino = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def river(tmp_path_factory: pytest.TempPathFactory, sentinel: Path) -> Path:
-    """A piece of the real Sentinel-2 chip, 300 x 340 pixels, three bands, with a corner of nodata."""
+    """A piece of the real Sentinel-2 chip, 288 x 336 pixels, three bands, with a corner of nodata."""
     document = json.loads(sentinel.read_text())
     bands = [document["assets"][key]["href"] for key in ("B03", "B04", "B08")]
-    window = rasterio.windows.Window(900, 700, 340, 300)
+    window = rasterio.windows.Window(900, 700, 336, 288)
     values = []
     for band in bands:
         with rasterio.open(band) as source:
@@ -41,7 +41,7 @@ def river(tmp_path_factory: pytest.TempPathFactory, sentinel: Path) -> Path:
     values = np.stack(values)
     values[:, :60, :80] = 0
     path = tmp_path_factory.mktemp("river") / "river.tif"
-    profile |= {"driver": "GTiff", "count": 3, "width": 340, "height": 300, "nodata": 0, "dtype": values.dtype.name}
+    profile |= {"driver": "GTiff", "count": 3, "width": 336, "height": 288, "nodata": 0, "dtype": values.dtype.name}
     for key in ("photometric", "interleave", "compress", "tiled", "blockxsize", "blockysize"):
         profile.pop(key, None)
     with rasterio.open(path, "w", **profile) as target:
@@ -118,12 +118,19 @@ def test_only_onnx_has_int8(river: Path, windowed: Path, tmp_path: Path) -> None
 
 
 def test_refusal_says_how_far_it_is(windowed: Path) -> None:
-    proof = Proof(0.98765, 1000, 8, "c", "s", "openvino", 4.0)
+    proof = Proof(0.98765, 1000, 8, (600, 400, 0), (590, 397, 0), "c", "s", "openvino", 4.0)
     proof.check(0.98, "windowed")
     with pytest.raises(
         ModelError, match=r"98\.7650%.*1000 pixels at 8 places.*99\.5000% is wanted.*--agreement 0\.9876"
     ):
         proof.check(0.995, "windowed")
+
+
+def test_labels_that_are_all_alike_prove_nothing() -> None:
+    proof = Proof(1.0, 1000, 8, (0, 0, 1000), (0, 0, 1000), "c", "s", "openvino", 4.0)
+    with pytest.raises(ModelError, match="one label, so that nothing is proved"):
+        proof.check(0.995, "constant")
+    assert Proof.from_json(json.loads(json.dumps(proof.to_json()))) == proof
 
 
 @needs_openvino
@@ -135,6 +142,9 @@ def test_end_to_end(river: Path, windowed: Path, tmp_path: Path, cache: Path, wo
     found = said["segflow:int8"]
     assert 0.8 <= found["agreement"] < 1
     assert found["pixels"] > 10_000
+    assert sum(found["of_class"]) == found["pixels"]
+    assert sum(found["kept"]) / found["pixels"] == pytest.approx(found["agreement"])
+    assert min(found["of_class"]) > 0
     assert found["engine"].startswith("openvino")
     assert whole.engine.startswith("openvino")
     assert plain.engine.startswith("onnxruntime")
@@ -150,14 +160,16 @@ def test_end_to_end(river: Path, windowed: Path, tmp_path: Path, cache: Path, wo
     assert 0 < np.count_nonzero(a != b) < 0.2 * a.size
     assert ((a == 255) == (b == 255)).all()
 
-    tiled = segment_scene(job(river, windowed, tmp_path / "tiled", tile=72), workers)
-    assert properties(tiled.product)["segflow:plan"]["counts"] == [5, 5]
+    tiled = segment_scene(job(river, windowed, tmp_path / "tiled", tile=160), workers)
+    assert properties(tiled.product)["segflow:plan"]["counts"] == [2, 3]
     assert mask_of(tmp_path / "tiled", river) == mask_of(tmp_path / "whole", river)
     assert check_seams(Path(tiled.product)).clean
     assert segment_scene(job(river, windowed, tmp_path / "whole"), workers).state == "up to date"
-    blends = [segment_scene(job(river, windowed, tmp_path / f"b{n}", mode="blend", tile=n), workers) for n in (90, 200)]
+    blends = [
+        segment_scene(job(river, windowed, tmp_path / f"b{n}", mode="blend", tile=n), workers) for n in (150, 340)
+    ]
     assert properties(blends[0].product)["segflow:plan"]["mode"] == "blend"
-    assert mask_of(tmp_path / "b90", river) == mask_of(tmp_path / "b200", river)
+    assert mask_of(tmp_path / "b150", river) == mask_of(tmp_path / "b340", river)
 
     # Without the cache it is made anew, of the same bytes; with it another scene takes it over, and is proved itself.
     shutil.rmtree(cache)
