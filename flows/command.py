@@ -21,6 +21,7 @@ from flows.batch import NOTHING_RUN, Batch, Limits, find_jobs
 from flows.console import Reporter, reporting
 from flows.models import AsJson, models
 from flows.options import (
+    Agreement,
     Bands,
     Cluster,
     LeasesUrl,
@@ -34,6 +35,8 @@ from flows.options import (
     Offset,
     Out,
     Overlap,
+    PrecisionName,
+    PrecisionOption,
     Processes,
     RetryFailed,
     Scale,
@@ -78,6 +81,8 @@ def run(
     overlap: Overlap = None,
     weights: WeightsOption = None,
     tolerance: Tolerance = None,
+    precision: PrecisionOption = PrecisionName.fp32,
+    agreement: Agreement = 0.995,
     scores: Scores = False,
     bands: Bands = None,
     scale: Scale = None,
@@ -114,7 +119,9 @@ def run(
         retry_failed,
         scenes_at_once,
     )
-    settings = settings_of(memory, tile, mode, overlap, weights, tolerance, scores, bands, scale, offset)
+    settings = settings_of(
+        memory, tile, mode, overlap, weights, tolerance, precision, agreement, scores, bands, scale, offset
+    )
     batch = find_jobs(scenes, model, out, settings, name_folders)
     if dry_run:
         raise typer.Exit(preview(batch, limits, as_json))

@@ -18,6 +18,14 @@ class ModeName(StrEnum):
     blend = "blend"
 
 
+class PrecisionName(StrEnum):
+    """`--precision`."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    int8 = "int8"
+
+
 class WeightsName(StrEnum):
     """`--weights`."""
 
@@ -41,6 +49,13 @@ WeightsOption = Annotated[
 Tolerance = Annotated[
     float | None,
     typer.Option(help="Accept scores that differ by this from the whole image's, for a shorter halo; default: none."),
+]
+PrecisionOption = Annotated[
+    PrecisionName,
+    typer.Option("--precision", help="Numbers that the network computes in; int8: once it has proved itself."),
+]
+Agreement = Annotated[
+    float, typer.Option(help="Share of labels that must be those of fp32, or --precision is refused.")
 ]
 Scores = Annotated[bool, typer.Option("--scores", help="Write the score of every class, too.")]
 Bands = Annotated[str | None, typer.Option(help="Names of a raster's bands in file order, such as blue,green,red,nir.")]
@@ -76,6 +91,8 @@ def settings_of(
     overlap: int | None,
     weights: WeightsName | None,
     tolerance: float | None,
+    precision: PrecisionName,
+    agreement: float,
     scores: bool,
     bands: str | None,
     scale: float | None,
@@ -90,6 +107,8 @@ def settings_of(
         overlap=overlap,
         weights=weights.value if weights else None,
         tolerance=tolerance,
+        precision=precision.value,
+        agreement=agreement,
         scores=scores,
         bands=names,
         scale=scale,

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from flows.models import AsJson
 from flows.options import (
+    Agreement,
     Bands,
     Memory,
     ModelName,
@@ -20,6 +21,8 @@ from flows.options import (
     Offset,
     Out,
     Overlap,
+    PrecisionName,
+    PrecisionOption,
     Processes,
     Scale,
     Scores,
@@ -44,6 +47,8 @@ def plan(
     overlap: Overlap = None,
     weights: WeightsOption = None,
     tolerance: Tolerance = None,
+    precision: PrecisionOption = PrecisionName.fp32,
+    agreement: Agreement = 0.995,
     bands: Bands = None,
     scale: Scale = None,
     offset: Offset = None,
@@ -62,7 +67,9 @@ def plan(
     uris = find_scenes([scene]).strict()
     if len(uris) > 1:
         raise PlanError(f"{scene} names {len(uris)} scenes; plan one at a time, such as {uris[0]}")
-    settings = settings_of(memory, tile, mode, overlap, weights, tolerance, scores, bands, scale, offset)
+    settings = settings_of(
+        memory, tile, mode, overlap, weights, tolerance, precision, agreement, scores, bands, scale, offset
+    )
     prospect = survey(Job(product_name(uris[0]), uris[0], model, out, settings))
     speed = calibrate(prospect) if calibrated else prospect.speed
     facts = _facts(prospect, speed, workers or 0, calibrated)

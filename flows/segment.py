@@ -85,6 +85,10 @@ def segment(
     tolerance: Annotated[
         float | None, Field(gt=0, lt=1, description="Accept a shorter halo: scores off by this")
     ] = None,
+    precision: Annotated[
+        Literal["fp32", "bf16", "int8"], Field(description="Numbers that the network computes in")
+    ] = "fp32",
+    agreement: Annotated[float, Field(gt=0, le=1, description="Share of labels that must be those of fp32")] = 0.995,
     scores: Annotated[bool, Field(description="Write the score of every class, too")] = False,
     bands: Annotated[list[str] | None, Field(description="Names of the bands of a raster, in file order")] = None,
     scale: Annotated[float | None, Field(description="Physical value = stored x scale + offset")] = None,
@@ -119,6 +123,8 @@ def segment(
             overlap=overlap,
             weights=weights,
             tolerance=tolerance,
+            precision=precision,
+            agreement=agreement,
             scores=scores,
             bands=tuple(bands) if bands else None,
             scale=scale,

@@ -24,12 +24,14 @@ from segcore.execute import Workers, label_tiles, run_once
 from segcore.io.scratch import Scratch
 from segcore.lock import Guard, Guarding, empty, locked
 from segcore.model import load_segmenter
+from segcore.model.quantise import Quantised, find_quantised, keep_quantised, put
+from segcore.precision import Proof, prove
 from segcore.publish import ClassShare, class_shares, is_current, legend_of, manifest_of, manifest_path, publish
 from segcore.scaling import Scaling, fit_scaling
 from segcore.seams import Measured, SeamReport, measure_halo, report_seams
 from segcore.spec import SAME_SCORES, Job, Settings, usable_cores
 from segcore.speed import Speed, remember
-from segcore.survey import check_range, provenance, survey
+from segcore.survey import Prospect, check_range, provenance, survey
 from segcore.tile import Labeller
 from segcore.worker import Recipe, TileReport
 
@@ -153,6 +155,7 @@ def _segment(
                 check_range(source, card)
                 scaling = _kept(scratch.root / "scaling.json", Scaling, lambda: fit_scaling(card.scaling, source))
             recipe = Recipe(plan, prospect.model, source, scaling, scratch)
+            recipe, proof = _quantise(recipe, workers, prospect)
             halo = _measure_halo(recipe, workers, job.settings.tolerance)
             if halo is not None:
                 plan = plan.with_halo(halo.halo)
@@ -169,6 +172,7 @@ def _segment(
                     )
                 facts = {
                     **provenance(prospect, created, tally.engine),
+                    **({"segflow:int8": proof.to_json()} if proof else {}),
                     **({"segflow:measured_halo": halo.to_json()} if halo else {}),
                     "segflow:classes": [share.to_json() for share in shares],
                     "segflow:valid_fraction": round(sum(share.pixels for share in shares) / source.grid.size, 6),
@@ -243,7 +247,10 @@ def check_seams(product: Path) -> SeamReport:
     plan = replace(prospect.plan, core=core, shortened=halo.halo if halo else None)
     if plan.mode != "blend" and not plan.sight.local:
         return SeamReport(0, 0, 0, 0, 0.0, SAME_SCORES)  # one tile is the only way to label it
-    segmenter = load_segmenter(prospect.model, usable_cores())
+    network = find_quantised(prospect.model) if prospect.calibration else None
+    if prospect.calibration and network is None:
+        raise ProductError(f"{product}: the network in int8 that made it is no longer kept; run the scene again")
+    segmenter = load_segmenter(prospect.model, usable_cores(), quantised=network)
     with tempfile.TemporaryDirectory() as folder:
         source = prospect.source.stage(Path(folder))
         labeller = Labeller(plan, prospect.model.card, source, scaling, segmenter)
@@ -279,6 +286,32 @@ def _label_all(recipe: Recipe, workers: Workers, progress: Progress, deadlines: 
     if missing:
         raise ProductError(f"{missing} of {total} tiles are not in {recipe.scratch.root}; report this bug")
     return len(done), tally
+
+
+def _quantise(recipe: Recipe, workers: Workers, prospect: Prospect) -> tuple[Recipe, Proof | None]:
+    """The recipe with the network in int8, where that is wanted, and what it was found to be worth on this scene.
+
+    The network lies beside the tiles: a restart takes the very same, and so does every worker. Raises ModelError where
+    it agrees too little with fp32.
+    """
+    if prospect.calibration is None:
+        return recipe, None
+    model, path = prospect.model, recipe.scratch.root / "int8.zip"
+    kept = find_quantised(model)
+    if kept is not None and kept.calibration == prospect.calibration:
+        try:
+            put(kept.path, path)
+        except OSError as error:
+            raise ProductError(f"cannot write {path}: {error.strerror or error}", retryable=True) from error
+        kept = replace(kept, path=path)
+    else:  # this scene is calibrated on, whatever another run has kept since
+        kept = None
+    work = partial(prove, model=model, path=path, kept=kept, calibration=prospect.calibration)
+    proof = _kept(recipe.scratch.root / "int8.json", Proof, lambda: run_once(recipe, workers, work))
+    proof.check(prospect.job.settings.agreement, model.card.name)
+    network = Quantised(path, proof.sha256, proof.calibration)
+    keep_quantised(model, network)
+    return replace(recipe, quantised=network), proof
 
 
 def _measure_halo(recipe: Recipe, workers: Workers, tolerance: float | None) -> Measured | None:

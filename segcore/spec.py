@@ -14,6 +14,8 @@ from segcore.errors import PlanError
 Mode = Literal["auto", "exact", "blend"]
 Weights = Literal["cosine", "gaussian", "constant"]
 """How windows are blended."""
+Precision = Literal["fp32", "bf16", "int8"]
+"""In which numbers the network computes."""
 Sides = tuple[tuple[int, int], ...]
 """Pixels before and after, one pair per axis."""
 
@@ -144,7 +146,8 @@ class Settings:
     `memory`: bytes, None for half of what is free; `tile`: side of a core in pixels, None to let the plan choose;
     `overlap`, `weights`: pixels that windows share in blend mode and how they are blended, None for the card's;
     `tolerance`: how far scores may be from those of the whole image, so that a shorter halo will do (None: not at
-    all); `bands`: names of the bands of a raster that does not name them, in file order; `scale`, `offset`: of a
+    all); `precision`: in which numbers the network computes; `agreement`: share of labels that must then be those of
+    fp32; `bands`: names of the bands of a raster that does not name them, in file order; `scale`, `offset`: of a
     raster that carries none, stored x scale + offset.
     """
 
@@ -154,6 +157,8 @@ class Settings:
     overlap: int | None = None
     weights: Weights | None = None
     tolerance: float | None = None
+    precision: Precision = "fp32"
+    agreement: float = 0.995
     scores: bool = False
     bands: tuple[str, ...] | None = None
     scale: float | None = None
@@ -174,6 +179,10 @@ class Settings:
             raise PlanError(f"--tolerance {self.tolerance} must be a difference of scores between 0 and 1")
         if self.tolerance is not None and self.mode == "blend":
             raise PlanError("--tolerance shortens the halo of tiles that do not blend; leave it or --mode blend out")
+        if self.precision not in ("fp32", "bf16", "int8"):
+            raise PlanError(f"--precision {self.precision!r} must be fp32, bf16 or int8")
+        if not 0 < self.agreement <= 1:
+            raise PlanError(f"--agreement {self.agreement} must be a share of the labels, more than 0 and at most 1")
         if self.scale is not None and (self.scale == 0 or not isfinite(self.scale)):
             raise PlanError(f"--scale {self.scale} must be a number other than 0")
         if self.offset is not None and not isfinite(self.offset):
@@ -187,10 +196,14 @@ class Settings:
     def pixels(self) -> dict[str, Any]:
         """The settings that a product depends on, as JSON values: part of its fingerprint.
 
-        With a tolerance the tiles are among them: then, and only then, a pixel may depend on where they end.
+        With a tolerance the tiles are among them: then, and only then, a pixel may depend on where they end. The limit
+        of agreement never is: it decides whether there is a product, not what it is. Products of fp32 are known by
+        what they were before there were other precisions.
         """
         kept = asdict(self)
-        del kept["memory"]
+        del kept["memory"], kept["agreement"]
+        if self.precision == "fp32":
+            del kept["precision"]
         if self.tolerance is None:
             del kept["tile"]
         return kept

@@ -20,8 +20,9 @@ from segcore.execute import free_memory
 from segcore.grid import Grid
 from segcore.io import open_scene
 from segcore.io.source import Source, Wanted
-from segcore.model import stages_of
+from segcore.model import check_int8, stages_of
 from segcore.model.card import Card, Model, load_card
+from segcore.model.quantise import find_quantised
 from segcore.plan import Plan, make_plan
 from segcore.spec import Job, times
 from segcore.speed import Speed, recall
@@ -38,13 +39,17 @@ HIDDEN = ".segflow"
 
 @dataclass(frozen=True, slots=True)
 class Prospect:
-    """What is known of a job before any heavy work: headers, card, plan and the fingerprint of the product."""
+    """What is known of a job before any heavy work: headers, card, plan and the fingerprint of the product.
+
+    `calibration`: digest of the scene that a network in int8 is calibrated on, and of how it was read; None in fp32.
+    """
 
     job: Job
     model: Model
     source: Source
     plan: Plan
     fingerprint: str
+    calibration: str | None = None
 
     @property
     def hidden(self) -> Path:
@@ -59,7 +64,7 @@ class Prospect:
     @property
     def speed_key(self) -> str:
         """Under what name the speed of this model on this machine is remembered."""
-        return self.model.digest
+        return f"{self.model.digest} {self.job.settings.precision}"
 
     @property
     def speed(self) -> Speed | None:
@@ -103,7 +108,8 @@ def survey(job: Job, core: tuple[int, ...] | None = None) -> Prospect:
     """
     model = load_card(job.model)
     source = open_scene(job.uri, wanted_by(model.card), job.settings, job.name)
-    fingerprint = _fingerprint(job, model, source)
+    calibration = _calibration(job, model, source)
+    fingerprint = _fingerprint(job, model, source, calibration)
     canvas = canvas_of(source, model.card)
     sight = model.card.sight(job.settings.overlap, job.settings.weights)
     memory = job.settings.memory or free_memory() // 2
@@ -114,7 +120,7 @@ def survey(job: Job, core: tuple[int, ...] | None = None) -> Prospect:
     def plan_with(core: tuple[int, ...] | None) -> Plan:
         measured = job.settings.tolerance is not None
         cost, mode = model.card.cost(), job.settings.mode
-        stages = _stages_of(model, canvas)
+        stages = _stages_of(model, canvas) if calibration is None else None
         return make_plan(
             source.grid, canvas, sight, cost, memory, core=core, mode=mode, measured=measured, stages=stages
         )
@@ -125,7 +131,7 @@ def survey(job: Job, core: tuple[int, ...] | None = None) -> Prospect:
         if given or core is None:
             raise
         plan = plan_with(None)
-    return Prospect(job, model, source, plan, fingerprint)
+    return Prospect(job, model, source, plan, fingerprint, calibration)
 
 
 def wanted_by(card: Card) -> Wanted:
@@ -211,14 +217,35 @@ def _stages_in(path: Path, channels: int, _digest: str) -> Stages | None:
     return stages_of(path, channels)
 
 
-def _fingerprint(job: Job, model: Model, source: Source) -> str:
-    """SHA-256 of all that a product depends on: input, model, settings, and the version of the arithmetic."""
+def _calibration(job: Job, model: Model, source: Source) -> str | None:
+    """What a network in int8 is calibrated on, None in fp32: the scene of the one that is kept, or else this one.
+
+    Raises PlanError, ModelError where the precision is not to be had.
+    """
+    if job.settings.precision == "fp32":
+        return None
+    if job.settings.precision == "bf16":
+        raise PlanError("--precision bf16 is for a GPU, and none is used here; leave it out, or try --precision int8")
+    check_int8(model)
+    if (kept := find_quantised(model)) is not None:
+        return kept.calibration
+    mine = {"input": source.identity(), "settings": job.settings.pixels()}
+    return hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()
+
+
+def _fingerprint(job: Job, model: Model, source: Source, calibration: str | None) -> str:
+    """SHA-256 of all that a product depends on: input, model, settings, and the version of the arithmetic.
+
+    Of a network in int8 also what it was calibrated on, which may be another scene.
+    """
     parts = {
         "pixels": PIXEL_VERSION,
         "input": source.identity(),
         "model": model.digest,
         "settings": job.settings.pixels(),
     }
+    if calibration is not None:
+        parts["calibration"] = calibration
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -22,6 +22,7 @@ from segcore.io.scratch import Scratch
 from segcore.io.source import Source
 from segcore.model import load_segmenter
 from segcore.model.card import Model
+from segcore.model.quantise import Quantised
 from segcore.model.segmenter import Segmenter
 from segcore.plan import TILES_IN_FLIGHT, Index, Plan
 from segcore.scaling import Scaling
@@ -37,13 +38,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """All that a worker has to know to label tiles of one scene."""
+    """All that a worker has to know to label tiles of one scene; `quantised`: the network in int8 that is run."""
 
     plan: Plan
     model: Model
     source: Source
     scaling: Scaling
     scratch: Scratch
+    quantised: Quantised | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,10 +121,11 @@ class Bench(WorkerPlugin):  # type: ignore[misc]
 
     def segmenter(self, recipe: Recipe) -> Segmenter:
         """The network of a recipe, loaded on first use."""
-        model, staging, threads = recipe.model, recipe.plan.staging, self._threads
+        model, staging, quantised = recipe.model, recipe.plan.staging, recipe.quantised
+        key = f"{model.digest} {quantised.sha256 if quantised else staging}"
         with self._lock:
-            once = _Once(lambda: _load(model, threads, staging))
-            shelved = _recent(self._segmenters, f"{model.digest} {staging}", lambda: once, keep=2)
+            once = _Once(lambda: _load(model, self._threads, staging, quantised))
+            shelved = _recent(self._segmenters, key, lambda: once, keep=2)
         return shelved.value()
 
     def labeller(self, recipe: Recipe) -> Labeller:
@@ -177,8 +180,8 @@ class Bench(WorkerPlugin):  # type: ignore[misc]
             return self._active[key]
 
 
-def _load(model: Model, threads: int, staging: Staging | None) -> Segmenter:
-    segmenter = load_segmenter(model, threads, staging)
+def _load(model: Model, threads: int, staging: Staging | None, quantised: Quantised | None) -> Segmenter:
+    segmenter = load_segmenter(model, threads, staging, quantised)
     _LOG.info("%s %s runs in %s", model.card.name, model.card.version, segmenter.engine)
     return segmenter
 

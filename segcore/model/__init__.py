@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 from segcore.errors import ModelError
+from segcore.files import sha256_of
 from segcore.model.card import Card, Model
 from segcore.model.probe import Network, largest_error, rounding_of
+from segcore.model.quantise import Quantised
 from segcore.model.segmenter import Segmenter
 from segcore.spec import usable_cores
 from segcore.staging import Stages, Staging
 
 
-def load_segmenter(model: Model, threads: int, staging: Staging | None = None) -> Segmenter:
-    """The network of a model, run with `threads` CPU threads, and its large windows in stages where that is asked for.
+def load_segmenter(
+    model: Model, threads: int, staging: Staging | None = None, quantised: Quantised | None = None
+) -> Segmenter:
+    """The network of a model, run with `threads` CPU threads; its large windows in stages where that is asked for, and
+    in int8 where it was `quantised`.
 
     Its weights are checked, and so is its card's word that it is local. Raises CardError, ModelError, and PlanError for
     a staging that the network does not have.
@@ -23,7 +29,9 @@ def load_segmenter(model: Model, threads: int, staging: Staging | None = None) -
     artifact, path = model.weights()
     segmenter: Segmenter
     with _engine(model.card):
-        if artifact.format == "onnx":
+        if quantised is not None:
+            segmenter = _load_int8(quantised, threads)
+        elif artifact.format == "onnx":
             from segcore.model.onnx import OnnxSegmenter, StagedSegmenter
 
             if staging is None or staging.levels == 0:
@@ -46,6 +54,38 @@ def stages_of(path: Path, channels: int) -> Stages | None:
 
     cut = find_stages(path, channels, usable_cores())
     return cut.stages if cut else None
+
+
+def check_int8(model: Model) -> None:
+    """Raises ModelError where a model has no network in int8, or nothing here runs one."""
+    artifact = model.card.artifacts[0]
+    if artifact.format != "onnx":
+        raise ModelError(
+            f"model {model.card.name} is {artifact.format}, and only ONNX can be run in int8; put an ONNX file of it "
+            f"first in its card (`segflow model pack` makes one), or leave --precision int8 out"
+        )
+    if find_spec("openvino") is None or find_spec("nncf") is None:
+        raise ModelError(
+            "--precision int8 needs OpenVINO, which runs the network, and NNCF, which makes it, and they are not "
+            "installed; run `pip install 'segflow[openvino]'`, on every worker too, or leave --precision int8 out"
+        )
+
+
+def _load_int8(quantised: Quantised, threads: int) -> Segmenter:
+    if find_spec("openvino") is None:
+        raise ModelError(
+            "a worker is to run a network in int8, and OpenVINO is not installed there; run `pip install "
+            "'segflow[openvino]'` on every worker, or leave --precision int8 out"
+        )
+    from segcore.model.openvino import OpenVinoSegmenter
+
+    try:
+        found = sha256_of(quantised.path)
+    except OSError as error:
+        raise ModelError(f"{quantised.path}: {error.strerror or error}; run the scene again", retryable=True) from error
+    if found != quantised.sha256:
+        raise ModelError(f"{quantised.path} is not the network that was proved; remove it and run the scene again")
+    return OpenVinoSegmenter(quantised.path, threads)
 
 
 def open_network(model: Model, threads: int) -> Network:

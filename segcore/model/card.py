@@ -224,6 +224,11 @@ class Model:
         canonical = json.dumps(self.card.model_dump(mode="json"), sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
+    @property
+    def built_in(self) -> bool:
+        """Whether it is one of segflow's own, whose folder is not the user's."""
+        return self.folder.is_relative_to(_BUILT_IN)
+
     def weights(self) -> tuple[Artifact, Path]:
         """The first artifact and its file, digest checked. Raises CardError, or ModelError without the file."""
         artifact = self.card.artifacts[0]

@@ -1,0 +1,151 @@
+"""Networks in 8-bit integers: made from an ONNX file and real pixels, and kept, so that it is done once.
+
+Static quantisation (Jacob et al. 2018, arXiv:1712.05877), by NNCF: the scales of all tensors are fixed when the network
+is made, from what it says about the pixels that it is calibrated on. So a network that is local stays local: no scale
+depends on what else a window shows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from segcore.errors import ModelError
+from segcore.files import sha256_of
+from segcore.model.card import Model
+from segcore.model.segmenter import Floats
+
+#: Raised whenever a change of this module may change a network that it makes: kept ones are then made again.
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Quantised:
+    """A network in int8: its file, the SHA-256 of that, and the digest of the calibration that it was made in.
+
+    It is a function of the model and the calibration, which names the scene and how it was read.
+    """
+
+    path: Path
+    sha256: str
+    calibration: str
+
+
+def quantise(weights: Path, batches: Sequence[Floats], target: Path) -> str:
+    """Write the network of an ONNX file in int8 to `target`; returns its SHA-256.
+
+    `batches`: what it is calibrated on, (N, C, *window) each, scaled. Weights are signed and have a scale for each
+    channel, activations have one for each tensor, and what rounding shifts is given back to the biases. The same file
+    and batches give the same bytes. It is made in a process of its own, whose memory goes with it: NNCF holds much,
+    and writes to the terminal. Raises ModelError where it cannot be made.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        made, shown = Path(folder) / "int8.zip", []
+        for number, batch in enumerate(batches):
+            shown.append(f"{folder}/{number}.npy")
+            np.save(shown[-1], batch)
+        request = json.dumps({"weights": str(weights.absolute()), "batches": shown, "made": str(made)})
+        # NNCF and OpenVINO report to their makers unless they are told that this is a test.
+        environment = os.environ | {"NNCF_CI": "1", "CI": "true"}
+        command = [sys.executable, "-P", "-m", "segcore.model.quantise"]
+        child = subprocess.run(command, input=request, capture_output=True, text=True, env=environment, check=False)
+        if child.returncode or not made.is_file():
+            reason = (child.stderr.strip().splitlines() or [f"it ended with {child.returncode}"])[-1]
+            raise ModelError(f"{weights} cannot be quantised by NNCF: {reason.strip()}; leave --precision int8 out")
+        put(made, target)
+        return sha256_of(target)
+
+
+def _quantise() -> None:
+    """The child of `quantise`."""
+    import nncf
+    import openvino
+
+    request = json.load(sys.stdin)
+    made = Path(request["made"])
+    # From bytes, so that weights in files beside it, for which no digest vouches, are not found.
+    network = openvino.Core().read_model(Path(request["weights"]).read_bytes())
+    batches = [np.load(path) for path in request["batches"]]
+    preset = nncf.QuantizationPreset.MIXED
+    quantised = nncf.quantize(network, nncf.Dataset(batches), preset=preset, subset_size=len(batches))
+    openvino.save_model(quantised, made.with_suffix(".xml"), compress_to_fp16=False)
+    with zipfile.ZipFile(made, "w") as archive:
+        for suffix in (".xml", ".bin"):
+            # Without the time, so that the same network is the same file.
+            archive.writestr(zipfile.ZipInfo(f"network{suffix}"), made.with_suffix(suffix).read_bytes())
+
+
+def find_quantised(model: Model) -> Quantised | None:
+    """The network in int8 that is kept of this model; None where there is none, or it is damaged."""
+    for folder in _folders(model):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            fields = json.loads((folder / f"{_name(model)}.json").read_text())
+            found = str(fields["sha256"])
+            kept = Quantised(folder / f"{_name(model)}-{found[:16]}.zip", found, str(fields["calibration"]))
+            if sha256_of(kept.path) == found:
+                return kept
+    return None
+
+
+def keep_quantised(model: Model, made: Quantised) -> None:
+    """Keep a network in int8 for other scenes and later runs, unless one is kept or no folder can be written.
+
+    It lies beside the model; of a built-in model, or where that cannot be written, in the user's cache
+    (`$XDG_CACHE_HOME/segflow`, `~/.cache/segflow`); and only in `$SEGFLOW_CACHE` where that is set.
+    """
+    if find_quantised(model) is not None:
+        return
+    for folder in _folders(model):
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            # The network first: what is said about it makes it found.
+            put(made.path, folder / f"{_name(model)}-{made.sha256[:16]}.zip")
+            said = folder / f"{_name(model)}.json"
+            if said.exists():  # of a network that is damaged
+                said.unlink()
+            fields = {"model": model.digest, "sha256": made.sha256, "calibration": made.calibration}
+            with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".partial") as unfinished:
+                json.dump(fields, unfinished, indent=2)
+                unfinished.flush()
+                os.link(unfinished.name, said)  # of two runs at once the first wins: it does not replace
+            return
+
+
+def put(source: Path, target: Path) -> None:
+    """Copy a file; at every moment the target is whole, or not there. Raises OSError."""
+    unfinished = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    try:
+        shutil.copyfile(source, unfinished)
+        os.replace(unfinished, target)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _folders(model: Model) -> list[Path]:
+    """Where networks of a model may be kept, the best first."""
+    if chosen := os.environ.get("SEGFLOW_CACHE"):
+        return [Path(chosen).absolute()]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "segflow"
+    return [cache] if model.built_in else [model.folder, cache]
+
+
+def _name(model: Model) -> str:
+    """What the files of its network in int8 begin with: another model or another way to quantise has another name."""
+    digest = hashlib.sha256(f"{model.digest} {VERSION}".encode()).hexdigest()
+    return f"{model.card.name}-int8-{digest[:16]}"
+
+
+if __name__ == "__main__":
+    _quantise()

@@ -1,0 +1,178 @@
+"""Whether a network in 8-bit integers says what it says in floats: measured on the scene that it is to label.
+
+It is calibrated on some places of a scene, and its labels are compared with those of fp32 at others.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from math import prod
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+
+from segcore.box import Box
+from segcore.errors import ModelError
+from segcore.io.source import Floats
+from segcore.model import load_segmenter
+from segcore.model.card import Model
+from segcore.model.quantise import Quantised, quantise
+from segcore.plan import Plan, Tile
+from segcore.spec import usable_cores
+from segcore.tile import Labeller
+
+#: Places of a scene that are calibrated on, and as many others that are compared.
+PLACES = 12
+#: How many are looked at for these, since many may be nodata.
+_MOST_LOOKS = 512
+#: Largest side of a place (pixels of the scene) and parts of an axis at least, by number of axes.
+_SIDE, _PARTS = {1: 1024, 2: 256, 3: 64}, {1: 16, 2: 4, 3: 3}
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What a network in int8 was found to be worth on a scene.
+
+    `agreement`: share of its labels that are those of fp32, of `pixels` valid pixels at `places` that it was not
+    calibrated on; `of_class`, `kept`: how many of these fp32 gives each class, and how many of them int8 gives it, too;
+    `calibration`, `sha256`: which network it was; `engine`: what ran it; `speed`: seconds of fp32 over
+    its own, for the same pixels.
+    """
+
+    agreement: float
+    pixels: int
+    places: int
+    of_class: tuple[int, ...]
+    kept: tuple[int, ...]
+    calibration: str
+    sha256: str
+    engine: str
+    speed: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Proof:
+        return cls(**fields | {key: tuple(map(int, fields[key])) for key in ("of_class", "kept")})
+
+    def check(self, limit: float, model: str) -> None:
+        """Raises ModelError where the agreement is below the limit, or says nothing: labels that are all alike."""
+        if sum(count > 0 for count in self.of_class) < 2:
+            raise ModelError(
+                f"model {model} in fp32 gives all {self.pixels} pixels at {self.places} places of the scene one label, "
+                f"so that nothing is proved of int8; leave --precision int8 out"
+            )
+        if self.agreement < limit:
+            raise ModelError(
+                f"model {model} in int8 gives {self.agreement:.4%} of the labels that it gives in fp32 ({self.pixels} "
+                f"pixels at {self.places} places of the scene), and {limit:.4%} is wanted; leave --precision int8 out, "
+                f"or accept less with --agreement {self.agreement - 5e-5:.4f}"
+            )
+
+
+def prove(labeller: Labeller, model: Model, path: Path, kept: Quantised | None, calibration: str) -> Proof:
+    """Compare a network in int8 with the labeller's own, in fp32, on places of the scene.
+
+    It is `kept`, or made in the file `path` from other places of the scene, and then of this `calibration`. Raises
+    ModelError, SceneError.
+    """
+    seen = replace(labeller, plan=_without_halo(labeller.plan), segmenter=_Onlooker(len(labeller.card.classes)))
+    calibrated_on, compared = _places(seen)
+    if not compared:
+        raise ModelError(
+            f"{labeller.source.uri} has too few valid pixels to prove a network in int8 on; leave --precision int8 out"
+        )
+    network = kept or Quantised(path, quantise(model.weights()[1], _shown(seen, calibrated_on), path), calibration)
+    segmenter = load_segmenter(model, usable_cores(), quantised=network)
+    plain = replace(seen, segmenter=labeller.segmenter)
+    quick = replace(seen, segmenter=segmenter)
+    for warm in (plain, quick):  # what is done once for each size of window does not count
+        warm(compared[0])
+    classes = len(labeller.card.classes)
+    of_class, same = np.zeros(classes, np.int64), np.zeros(classes, np.int64)
+    slow_seconds = quick_seconds = 0.0
+    for tile in compared:
+        expected, found = plain(tile), quick(tile)
+        valid = expected.labels != labeller.card.label_nodata
+        of_class += np.bincount(expected.labels[valid], minlength=classes)
+        same += np.bincount(expected.labels[valid & (expected.labels == found.labels)], minlength=classes)
+        slow_seconds += expected.infer_seconds
+        quick_seconds += found.infer_seconds
+    pixels = int(of_class.sum())
+    return Proof(
+        float(same.sum()) / pixels,
+        pixels,
+        len(compared),
+        tuple(map(int, of_class)),
+        tuple(map(int, same)),
+        network.calibration,
+        network.sha256,
+        segmenter.engine,
+        round(slow_seconds / max(quick_seconds, 1e-9), 2),
+    )
+
+
+class _Onlooker:
+    """A segmenter that only keeps what it is shown."""
+
+    engine = "none"
+    batch = 1
+
+    def __init__(self, classes: int) -> None:
+        self.device = threading.Lock()
+        self.classes = classes
+        self.shown: list[Floats] = []
+
+    def __call__(self, batch: Floats, wanted: Box | None = None) -> Floats:
+        self.shown.append(batch)
+        return np.zeros((len(batch), self.classes, *batch.shape[2:]), np.float32)
+
+
+def _without_halo(plan: Plan) -> Plan:
+    """The same plan, with windows that show a place and no more: in int8 and in fp32 they show the same."""
+    return plan if plan.mode == "blend" else plan.with_halo(((0, 0),) * len(plan.core))
+
+
+def _places(labeller: Labeller) -> tuple[list[Tile], list[Tile]]:
+    """Tiles to calibrate on and tiles to compare, in turn; no two share a pixel, and half of each is valid."""
+    chosen: tuple[list[Tile], list[Tile]] = ([], [])
+    turn = 0
+    for box in _cells(labeller.plan):
+        tile = labeller.plan.tile_of(box)
+        values = labeller.source.read(box)
+        if 2 * np.count_nonzero(~np.isnan(values).any(axis=0)) >= box.size:
+            chosen[turn % 2].append(tile)
+            turn += 1
+        if turn == 2 * PLACES:
+            break
+    return chosen
+
+
+def _cells(plan: Plan) -> Iterator[Box]:
+    """Disjoint boxes in the scene, of multiples of the stride, in an order by chance that is always the same."""
+    # Of the network's grid; on the scene's it may only be near.
+    unit = [max(1, s * n // m) for s, n, m in zip(plan.sight.stride, plan.grid.shape, plan.canvas, strict=True)]
+    axes = len(unit)
+    side = [max(u, min(_SIDE[axes], n // _PARTS[axes]) // u * u) for u, n in zip(unit, plan.grid.shape, strict=True)]
+    counts = [max(1, n // s) for n, s in zip(plan.grid.shape, side, strict=True)]
+    total = prod(counts)
+    for number in Random(0).sample(range(total), min(total, _MOST_LOOKS)):
+        index = tuple(int(i) for i in np.unravel_index(number, counts))
+        yield Box.cell(index, tuple(side), plan.grid.shape)
+
+
+def _shown(labeller: Labeller, tiles: list[Tile]) -> list[Floats]:
+    """What the network sees of these tiles: of each its first window."""
+    onlooker = labeller.segmenter
+    assert isinstance(onlooker, _Onlooker)
+    batches = []
+    for tile in tiles:
+        onlooker.shown.clear()
+        labeller(tile)
+        batches.append(onlooker.shown[0])
+    return batches

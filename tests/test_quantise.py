@@ -1,0 +1,215 @@
+"""Networks in int8: made of real pixels, proved on others, kept by digest; and refused where they do not do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import rasterio
+
+from segcore import model as engines
+from segcore.errors import ModelError, PlanError
+from segcore.execute import Workers
+from segcore.model.card import load_card
+from segcore.model.quantise import Quantised, find_quantised, keep_quantised, quantise
+from segcore.precision import Proof
+from segcore.scene import check_seams, segment_scene, survey
+from segcore.spec import Job, Settings
+
+needs_openvino = pytest.mark.skipif(
+    not (find_spec("openvino") and find_spec("nncf")), reason="needs the extra `openvino`"
+)
+
+
+@pytest.fixture(scope="module")
+def river(tmp_path_factory: pytest.TempPathFactory, sentinel: Path) -> Path:
+    """A piece of the real Sentinel-2 chip, 288 x 336 pixels, three bands, with a corner of nodata."""
+    document = json.loads(sentinel.read_text())
+    bands = [document["assets"][key]["href"] for key in ("B03", "B04", "B08")]
+    window = rasterio.windows.Window(900, 700, 336, 288)
+    values = []
+    for band in bands:
+        with rasterio.open(band) as source:
+            values.append(source.read(1, window=window))
+            profile = source.profile | {"transform": source.window_transform(window)}
+    values = np.stack(values)
+    values[:, :60, :80] = 0
+    path = tmp_path_factory.mktemp("river") / "river.tif"
+    profile |= {"driver": "GTiff", "count": 3, "width": 336, "height": 288, "nodata": 0, "dtype": values.dtype.name}
+    for key in ("photometric", "interleave", "compress", "tiled", "blockxsize", "blockysize"):
+        profile.pop(key, None)
+    with rasterio.open(path, "w", **profile) as target:
+        target.write(values)
+        target.descriptions = ("green", "red", "nir")
+    return path
+
+
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory: pytest.TempPathFactory, land_unet: Path) -> Path:
+    """The packed, local U-Net, with a window for blend mode."""
+    folder = tmp_path_factory.mktemp("models") / "windowed"
+    shutil.copytree(land_unet, folder)
+    card = json.loads((folder / "card.json").read_text())
+    (folder / "card.json").write_text(json.dumps(card | {"window": [64, 64], "overlap": [32, 32]}))
+    return folder
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SEGFLOW_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def job(scene: Path, model: Path, out: Path, **settings: Any) -> Job:
+    wanted = {"precision": "int8", "agreement": 0.8} | settings
+    return Job(scene.stem, str(scene), str(model), str(out), Settings(**wanted))
+
+
+def mask_of(out: Path, scene: Path) -> bytes:
+    with rasterio.open(out / scene.stem / f"{scene.stem}_mask.tif") as mask:
+        return mask.read(1).tobytes()
+
+
+def properties(product: str) -> dict[str, Any]:
+    return json.loads(Path(product).read_text())["properties"]
+
+
+def test_settings_that_cannot_be() -> None:
+    with pytest.raises(PlanError, match="--precision 'fp8'"):
+        Settings(precision="fp8")  # type: ignore[arg-type]
+    for share in (0, 1.01, float("nan")):
+        with pytest.raises(PlanError, match="--agreement"):
+            Settings(agreement=share)
+
+
+def test_products_of_fp32_keep_their_fingerprints() -> None:
+    assert "precision" not in Settings().pixels()
+    assert Settings(precision="int8").pixels()["precision"] == "int8"
+    assert Settings(agreement=0.9, precision="int8").pixels() == Settings(precision="int8").pixels()
+
+
+def test_bf16_is_refused_without_a_gpu(river: Path, windowed: Path, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="bf16 is for a GPU"):
+        survey(job(river, windowed, tmp_path, precision="bf16"))
+
+
+def test_engine_that_is_not_installed(
+    river: Path, windowed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"pip install 'segflow\[openvino\]'"):
+        survey(job(river, windowed, tmp_path))
+
+
+def test_only_onnx_has_int8(river: Path, windowed: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "reversed"
+    shutil.copytree(windowed, folder)
+    card = json.loads((folder / "card.json").read_text())
+    card["artifacts"].sort(key=lambda artifact: artifact["format"] == "onnx")
+    (folder / "card.json").write_text(json.dumps(card))
+    with pytest.raises(ModelError, match="only ONNX can be run in int8"):
+        survey(job(river, folder, tmp_path))
+
+
+def test_refusal_says_how_far_it_is(windowed: Path) -> None:
+    proof = Proof(0.98765, 1000, 8, (600, 400, 0), (590, 397, 0), "c", "s", "openvino", 4.0)
+    proof.check(0.98, "windowed")
+    with pytest.raises(
+        ModelError, match=r"98\.7650%.*1000 pixels at 8 places.*99\.5000% is wanted.*--agreement 0\.9876"
+    ):
+        proof.check(0.995, "windowed")
+
+
+def test_labels_that_are_all_alike_prove_nothing() -> None:
+    proof = Proof(1.0, 1000, 8, (0, 0, 1000), (0, 0, 1000), "c", "s", "openvino", 4.0)
+    with pytest.raises(ModelError, match="one label, so that nothing is proved"):
+        proof.check(0.995, "constant")
+    assert Proof.from_json(json.loads(json.dumps(proof.to_json()))) == proof
+
+
+@needs_openvino
+def test_end_to_end(river: Path, windowed: Path, tmp_path: Path, cache: Path, workers: Workers) -> None:
+    """Proved, whole, tiled alike, kept, found again; and refused where all labels are wanted."""
+    plain = segment_scene(job(river, windowed, tmp_path / "fp32", precision="fp32"), workers)
+    whole = segment_scene(job(river, windowed, tmp_path / "whole"), workers)
+    said = properties(whole.product)
+    found = said["segflow:int8"]
+    assert 0.8 <= found["agreement"] < 1
+    assert found["pixels"] > 10_000
+    assert sum(found["of_class"]) == found["pixels"]
+    assert sum(found["kept"]) / found["pixels"] == pytest.approx(found["agreement"])
+    assert min(found["of_class"]) > 0
+    assert found["engine"].startswith("openvino")
+    assert whole.engine.startswith("openvino")
+    assert plain.engine.startswith("onnxruntime")
+    assert "segflow:int8" not in properties(plain.product)
+    kept = find_quantised(load_card(str(windowed)))
+    assert kept is not None
+    assert kept.path.parent == cache
+    assert (kept.sha256, kept.calibration) == (found["sha256"], found["calibration"])
+
+    # What was measured at places is true of the scene, and int8 is not fp32 by another name.
+    a, b = (np.frombuffer(mask_of(tmp_path / name, river), np.uint8) for name in ("fp32", "whole"))
+    assert set(np.unique(a)) == {0, 1, 2, 255}
+    assert 0 < np.count_nonzero(a != b) < 0.2 * a.size
+    assert ((a == 255) == (b == 255)).all()
+
+    tiled = segment_scene(job(river, windowed, tmp_path / "tiled", tile=160), workers)
+    assert properties(tiled.product)["segflow:plan"]["counts"] == [2, 3]
+    assert mask_of(tmp_path / "tiled", river) == mask_of(tmp_path / "whole", river)
+    assert check_seams(Path(tiled.product)).clean
+    assert segment_scene(job(river, windowed, tmp_path / "whole"), workers).state == "up to date"
+    blends = [
+        segment_scene(job(river, windowed, tmp_path / f"b{n}", mode="blend", tile=n), workers) for n in (150, 340)
+    ]
+    assert properties(blends[0].product)["segflow:plan"]["mode"] == "blend"
+    assert mask_of(tmp_path / "b150", river) == mask_of(tmp_path / "b340", river)
+
+    # Without the cache it is made anew, of the same bytes; with it another scene takes it over, and is proved itself.
+    shutil.rmtree(cache)
+    again = segment_scene(job(river, windowed, tmp_path / "again"), workers)
+    assert properties(again.product)["segflow:int8"]["sha256"] == found["sha256"]
+    assert mask_of(tmp_path / "again", river) == mask_of(tmp_path / "whole", river)
+    other = tmp_path / "other.tif"
+    shutil.copy(river, other)
+    second = segment_scene(job(other, windowed, tmp_path / "second"), workers)
+    assert properties(second.product)["segflow:int8"]["calibration"] == found["calibration"]
+
+    with pytest.raises(ModelError, match=r"100\.0000% is wanted"):
+        segment_scene(job(river, windowed, tmp_path / "refused", agreement=1.0), workers)
+    assert not (tmp_path / "refused" / river.stem / f"{river.stem}.json").exists()
+    # The same network does for a limit that it meets.
+    taken = segment_scene(job(river, windowed, tmp_path / "refused"), workers)
+    assert mask_of(tmp_path / "refused", river) == mask_of(tmp_path / "whole", river)
+    assert taken.state == "done"
+
+
+@needs_openvino
+def test_kept_beside_the_model_and_known_by_its_digest(windowed: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    shutil.copytree(windowed, folder)
+    model, batch = load_card(str(folder)), np.random.default_rng(0).standard_normal((1, 3, 64, 64)).astype(np.float32)
+    path = tmp_path / "made.zip"
+    made = Quantised(path, quantise(model.weights()[1], [batch], path), "here")
+    assert find_quantised(model) is None
+    keep_quantised(model, made)
+    kept = find_quantised(model)
+    assert kept is not None
+    assert kept.path.parent == folder
+    keep_quantised(model, Quantised(path, made.sha256, "there"))
+    assert find_quantised(model) == kept, "the first one stays"
+    kept.path.write_bytes(b"damaged")
+    assert find_quantised(model) is None
+    keep_quantised(model, Quantised(path, made.sha256, "there"))
+    found = find_quantised(model)
+    assert found is not None
+    assert found.calibration == "there"
+    with pytest.raises(ModelError, match="cannot be quantised by NNCF"):
+        quantise(tmp_path / "made.zip", [batch], tmp_path / "never.zip")
+    assert "nncf" not in sys.modules, "it stays in its own process"
