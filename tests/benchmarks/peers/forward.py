@@ -19,8 +19,11 @@ def main() -> None:
     folder, shape = Path(sys.argv[1]), tuple(map(int, sys.argv[2:]))
     card = json.loads((folder / "card.json").read_text())
     (artifact,) = [artifact for artifact in card["artifacts"] if artifact["format"] == "onnx"]
+    # Without TF32, as segflow runs it: see segcore/model/onnx.py.
+    wanted = {"CUDAExecutionProvider": {"use_tf32": 0}, "CPUExecutionProvider": {}}
+    providers = [(name, given) for name, given in wanted.items() if name in onnxruntime.get_available_providers()]
     session = onnxruntime.InferenceSession(
-        folder / artifact["path"], session_options(usable_cores()), providers=onnxruntime.get_available_providers()
+        folder / artifact["path"], session_options(usable_cores()), providers=providers
     )
     name = session.get_inputs()[0].name
     image = np.random.default_rng(0).standard_normal((1, len(card["channels"]), *shape), np.float32)
