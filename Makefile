@@ -24,8 +24,8 @@ check: $(VENV)/.ready  ## lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-benchmark: $(VENV)/.ready  ## time and memory against the models' own programs, as ratios
-	$(BIN)/python tests/benchmarks/peers.py
+benchmark: $(VENV)/.ready  ## tables of time and memory, as ratios: WHAT=monai|bare|csmask|deepbet|sweep|overhead|million|scaling|all, WITH='--side 2000'
+	PYTHONPATH=tests $(BIN)/python -m benchmarks $(WHAT) $(WITH)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,49 @@
+"""segflow against one bare forward pass of ONNX Runtime: what reading, tiling, joining and writing cost."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks import models, scenes, segflow
+from benchmarks.measure import in_turn, peer, start_up
+from benchmarks.table import Row
+from benchmarks.table import table as markdown_table
+
+
+def arguments(parser: argparse.ArgumentParser, name: str) -> None:
+    parser.add_argument("--side", type=int, default=2000, help="of the mosaic, in pixels")
+    parser.add_argument("--pass-side", type=int, default=2048, help="of the bare pass, in pixels, a multiple of 16")
+    parser.add_argument("--memory", help="segflow's budget; default: its own")
+    parser.add_argument("--runs", type=int, default=1)
+
+
+def table(options: argparse.Namespace) -> Iterator[str]:
+    """segflow from COG to COG against one pass of the same network, with the same session options, over noise.
+
+    By default 2 000 x 2 000 pixels, against a pass over 2 048 x 2 048.
+    """
+    side = options.pass_side
+    model, scene = models.basic_unet(), scenes.mosaic(options.side)
+    settings = ("--memory", options.memory) if options.memory else ()
+    start_up()
+    with tempfile.TemporaryDirectory() as place:
+        found = in_turn(
+            {
+                f"one bare pass over {side} x {side}": lambda: peer("forward", model, side, side),
+                f"segflow, {options.side} x {options.side}": lambda: segflow.label(
+                    scene, model, Path(place), *settings
+                ),
+            },
+            options.runs,
+        )
+    rows = [
+        Row(name, measured, size**2 / 1e6)
+        for (name, measured), size in zip(found.items(), (side, options.side), strict=True)
+    ]
+    engines = (rows[0].measured.said["engine"], rows[1].measured.said["segflow:model"]["engine"])
+    rows = [replace(row, more={"engine": str(engine)}) for row, engine in zip(rows, engines, strict=True)]
+    yield markdown_table("MONAI BasicUNet", rows)
