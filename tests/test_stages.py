@@ -1,7 +1,12 @@
-"""Windows in stages: the scores of one pass, to the bit, wherever a network can be cut; and what stages cost."""
+"""Windows in stages: the scores of one pass, wherever a network can be cut; and what stages cost.
+
+Where channels are whole blocks the same bits come out; else ONNX Runtime may choose its kernel by the size of a chunk,
+and the last bits differ.
+"""
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +19,7 @@ from conftest import as_if_trained, save_local_unet
 from hypothesis import given
 from hypothesis import strategies as st
 from monai.networks.nets import BasicUNet
-from test_graph import PooledUNet, SelfAttention, SqueezeExcite, export
+from test_graph import PooledUNet, SelfAttention, SqueezeExcite
 from torch import nn
 
 from segcore.box import Box
@@ -48,8 +53,18 @@ class Residual(nn.Module):
         return self.last(skip + self.up(self.deep(self.down(skip))))
 
 
+def export(module: nn.Module, path: Path, channels: int, ndim: int = 2) -> Path:
+    """A module as ONNX, free in its spatial sizes, with some plumbing for shapes left."""
+    named = {"x": {2 + axis: f"s{axis}" for axis in range(ndim)}}
+    example = (torch.zeros(1, channels, *(64,) * ndim),)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(module.eval(), example, path, dynamo=False, input_names=["x"], dynamic_axes=named)
+    return path
+
+
 def basic(dims: int, **changes: Any) -> nn.Module:
-    arguments = {"features": (5, 6, 7, 8, 9, 5), "norm": "batch"} | changes
+    arguments = {"features": (7, 8, 9, 10, 11, 7), "norm": "batch"} | changes
     return BasicUNet(spatial_dims=dims, in_channels=2, out_channels=3, **arguments)
 
 
@@ -57,12 +72,17 @@ def plain(dims: int, **changes: Any) -> nn.Module:
     return UNet(dims=dims, in_channels=2, classes=3, **changes)
 
 
+def same(one: np.ndarray, two: np.ndarray, *, bits: bool = False) -> bool:
+    return np.array_equal(one, two) if bits else bool(np.abs(one - two).max() <= 1e-5 * np.abs(two).max())
+
+
 NETWORKS = {
+    "blocks": (lambda: basic(2, features=(16, 16, 32, 32, 32, 16)), 2, 3),
     "basic 2-D": (lambda: basic(2), 2, 3),
     "basic 3-D": (lambda: basic(3), 3, 3),
-    "transposed": (lambda: plain(2, widths=[3, 5, 7]), 2, 2),
-    "upsampled": (lambda: plain(2, widths=[3, 5, 7, 9], decoder="upsample", kernel=5), 2, 3),
-    "upsampled 3-D": (lambda: plain(3, widths=[3, 5, 4], decoder="upsample", norm=None), 3, 2),
+    "transposed": (lambda: plain(2, widths=[7, 9, 11]), 2, 2),
+    "upsampled": (lambda: plain(2, widths=[7, 9, 11, 9], decoder="upsample", kernel=5), 2, 3),
+    "upsampled 3-D": (lambda: plain(3, widths=[7, 9, 8], decoder="upsample", norm=None), 3, 2),
     "VGG16": (lambda: plain(2, encoder="vgg16_bn", decoder_widths=[4, 4, 6, 6, 8]), 2, 3),
     "MobileNetV2": (lambda: plain(2, encoder="mobilenet_v2", decoder_widths=[4, 4, 6, 6, 8]), 2, 3),
     "residual": (Residual, 2, 2),
@@ -77,17 +97,18 @@ def test_stages_say_what_one_pass_says(name: str, tmp_path: Path) -> None:
     window = (160, 224) if dims == 2 else (48, 80, 64)
     image = noise((1, 2, *window))
     expected = whole(image)
+    assert expected.std(axis=(0, *range(2, 2 + dims))).min() > 1e-3, "nothing comes through"
     for levels in range(1, most + 1):
-        staged = StagedSegmenter(path, 2, 2, Staging(levels, (44,) * dims if dims == 2 else (28,) * dims))
+        staged = StagedSegmenter(path, 2, 2, Staging(levels, (44 if dims == 2 else 28,) * dims))
         assert len(staged.stages.levels) == most
-        assert np.array_equal(staged(image), expected)
+        assert same(staged(image), expected, bits=name == "blocks")
         for wanted in (
             Box(tuple(n // 3 + 1 for n in window), tuple(n // 2 + 4 for n in window)),
             Box((0,) * dims, (1,) * dims),
             Box(tuple(n - 5 for n in window), window),
         ):
             at = (slice(None), slice(None), *wanted.slices())
-            assert np.array_equal(staged(image, wanted)[at], expected[at]), wanted
+            assert same(staged(image, wanted)[at], expected[at], bits=name == "blocks"), wanted
 
 
 @pytest.mark.parametrize(("axes", "poolings", "convolutions"), [("yx", 1, 1), ("yx", 3, 2), ("zyx", 2, 1)])
@@ -96,7 +117,7 @@ def test_models_are_loaded_in_stages(axes: str, poolings: int, convolutions: int
     model = load_card(str(folder))
     staged = load_segmenter(model, 1, Staging(poolings, (40,) * len(axes)))
     image = noise((2, 1, *(56, 64, 48)[: len(axes)]))
-    assert np.array_equal(staged(image), load_segmenter(model, 1)(image))
+    assert same(staged(image), load_segmenter(model, 1)(image))
     with pytest.raises(ModelError, match=f"has {poolings} that can be"):
         load_segmenter(model, 1, Staging(poolings + 1, (40,) * len(axes)))
 
@@ -109,7 +130,7 @@ def test_packed_networks_have_stages(folder: str, request: pytest.FixtureRequest
     image = noise((1, channels, *(96, 80, 64)[:dims]))
     wanted = Box((30,) * dims, (50,) * dims)
     at = (slice(None), slice(None), *wanted.slices())
-    assert np.array_equal(staged(image, wanted)[at], load_segmenter(model, 2)(image)[at])
+    assert same(staged(image, wanted)[at], load_segmenter(model, 2)(image)[at])
 
 
 @pytest.mark.parametrize(
@@ -129,7 +150,7 @@ def test_what_cannot_be_cut_has_no_stages(make: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("side", ["down_halo", "up_halo"])
 def test_a_halo_that_is_short_is_found_out(side: str, tmp_path: Path) -> None:
-    path = export(as_if_trained(plain(2, widths=[3, 5])), tmp_path / "net.onnx", 2)
+    path = export(as_if_trained(plain(2, widths=[7, 9])), tmp_path / "net.onnx", 2)
     staged = StagedSegmenter(path, 2, 2, Staging(1, (40, 40)))
     (level,) = staged.stages.levels
     assert getattr(level, side) == (({"down_halo": 2, "up_halo": 4}[side],) * 2,) * 2
