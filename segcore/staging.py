@@ -25,6 +25,8 @@ from segcore.spec import Sides, times
 CHUNKS = {2: (256, 384, 512, 768, 1024), 3: (48, 64, 80, 96, 128, 160)}
 #: Bytes of a value: float32.
 _VALUE = 4
+#: What ONNX Runtime holds beside the arrays of a network, and the heap beside what is in use (measured), as a factor.
+_WORKING = 1.15
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,9 +184,9 @@ class Stages:
         """Bytes that the engine holds at its peak beside the window itself, for one window of which a box is wanted."""
         depth = self.depth(window, staging)
         if depth == 0:
-            return int(self.inner[0].bytes * prod(window)) - _VALUE * self.channels * prod(window)
+            return int(_WORKING * (self.inner[0].bytes - _VALUE * self.channels) * prod(window))
         # Pages of the scores that are outside of what is wanted are never touched.
-        return int(max(held for held, _ in self._steps(window, wanted, staging, depth)))
+        return int(_WORKING * max(held for held, _ in self._steps(window, wanted, staging, depth)))
 
     def work(self, window: tuple[int, ...], wanted: Box, staging: Staging) -> float:
         """Multiply-adds of one window of which a box is wanted."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -130,12 +132,15 @@ class StagedSegmenter(OnnxSegmenter):
         for chunk in chunks(shape, whole, level.down_halo, level.factor, staging.chunk):
             core, read = chunk.core.coarse(level.factor), chunk.read.coarse(level.factor)
             pooled[_at(core)] = _run(self._down[depth], [image[_at(chunk.read)]])[_at(core, read.start)]
+        _release()
         return pooled
 
     def _risen(self, pooled: Floats, depth: int, wanted: Box, staging: Staging) -> Floats:
         """What rises from a level, in a wanted box of its grid."""
         if depth == staging.levels:
-            return _run(self._inside(depth), [pooled])[_at(wanted)]
+            whole = _run(self._inside(depth), [pooled])
+            _release()
+            return whole[_at(wanted)]
         risen = np.empty((1, self.stages.levels[depth - 1].risen, *wanted.shape), np.float32)
         self._rise(risen, pooled, depth, wanted, staging)
         return risen
@@ -184,7 +189,16 @@ def _session(model: bytes, options: onnxruntime.SessionOptions) -> onnxruntime.I
 
 
 def _chunk_session(model: bytes, threads: int) -> onnxruntime.InferenceSession:
-    return _session(model, session_options(threads))
+    options = session_options(threads)
+    # Several parts take turns: the idle threads of one would spin in the way of the next.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return _session(model, options)
+
+
+def _release() -> None:
+    """Give memory that was freed back to the system: the next stage frees and takes arrays of other sizes."""
+    with contextlib.suppress(AttributeError, OSError):  # a C library other than glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _run(session: onnxruntime.InferenceSession, given: Sequence[Floats]) -> Floats:
