@@ -10,8 +10,8 @@ from ukis_csmask.mask import CSmask
 from segcore import demo
 from segcore.io import open_scene
 from segcore.model.card import load_card
-from segcore.scene import wanted_by
 from segcore.spec import Settings
+from segcore.survey import wanted_by
 
 
 def main() -> None:
