@@ -26,7 +26,9 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from rasterio.transform import from_origin
 
-from flows.batch import SceneRecord, find_jobs, run_batch
+from flows.archive import Archive
+from flows.batch import Limits, find_jobs
+from flows.console import Silent
 from segcore.errors import ProductError
 from segcore.execute import Workers
 from segcore.files import safe_name
@@ -34,13 +36,10 @@ from segcore.ledger import (
     LEDGER_FILE,
     METRICS_FILE,
     REPORT_FILE,
-    RUN_ENDED,
     RUN_FILE,
     RUN_STARTED,
     SCENE_DONE,
     SCENE_FAILED,
-    SCENE_STARTED,
-    SCENE_UP_TO_DATE,
     Ledger,
     Totals,
     append,
@@ -55,7 +54,7 @@ from segcore.report import write_report
 from segcore.report.charts import STEPS, WIDTH, bars, cumulative, nice_top, spread, time_ticks
 from segcore.report.findings import find
 from segcore.report.thumbs import FOLDER
-from segcore.scene import Outcome, segment_scene
+from segcore.scene import Outcome, Progress, segment_scene
 from segcore.spec import Job, Settings
 from segcore.status import read_status
 
@@ -67,48 +66,14 @@ SAFE = safe_name(EVIL)
 
 
 def run_archive(scenes: list[Path], model: Path, out: Path, workers: Workers) -> dict[str, Any]:
-    """A run that writes what an archive run writes; every scene is really labelled, or really fails."""
-    jobs, run_id, events = (
-        find_jobs([str(scene) for scene in scenes], str(model), str(out), Settings()),
-        now(),
-        out / LEDGER_FILE,
-    )
-    out.mkdir(exist_ok=True)
+    """A run over scenes, of which every one is really labelled, or really fails; what `run.json` says of it."""
+    batch = find_jobs([str(scene) for scene in scenes], str(model), str(out), Settings())
 
-    def say(event: str, **fields: Any) -> None:
-        append(events, new_event(event, run_id, fields))
+    def label(job: Job, progress: Progress) -> Outcome:
+        return segment_scene(job, workers, progress)
 
-    def label(job: Job) -> Outcome:
-        say(SCENE_STARTED, scene=job.name, uri=job.uri)
-        return segment_scene(job, workers)
-
-    def ended(record: SceneRecord) -> None:
-        facts: dict[str, Any] = {"scene": record.name, "uri": record.uri}
-        if record.state == "failed":
-            say(SCENE_FAILED, **facts, error=record.error, reason=record.reason, retryable=False, attempts=1)
-            return
-        facts["product"] = str(Path(record.product).relative_to(out))
-        if record.state == "up to date":
-            say(SCENE_UP_TO_DATE, **facts)
-        else:
-            shares, tiles = record.details["classes"], record.details["tiles"]
-            say(SCENE_DONE, **facts, seconds=record.seconds, tiles=tiles, pixels=6400, classes=shares)
-
-    started = now()
-    say(RUN_STARTED, total=len(jobs), model=model.name, command=["segflow", "run"])
-    summary = run_batch(jobs, label, ended)
-    counts = {state: summary.count(state) for state in ("done", "up to date", "failed")} | {
-        "quarantined": 0,
-        "waiting": 0,
-    }
-    say(RUN_ENDED, exit_code=summary.exit_code, seconds=summary.seconds, counts=counts, reason="")
-    document = {
-        "run_id": run_id, "segflow": "0.1.0", "host": platform.node(), "pid": os.getpid(), "started": started,
-        "heartbeat": now(), "ended": now(), "seconds": summary.seconds, "exit_code": summary.exit_code,
-        "total": len(jobs), "counts": counts, "under_way": [], "model": model.name, "settings": {}, "warnings": [],
-        "scenes": [],
-    }  # fmt: skip
-    write_json(out / RUN_FILE, document)
+    Archive(batch.jobs, label, workers.drain, Silent(), Limits(scenes_at_once=1)).run()
+    document: dict[str, Any] = json.loads((out / RUN_FILE).read_text())
     return document
 
 
