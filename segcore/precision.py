@@ -60,6 +60,13 @@ class Proof:
     def from_json(cls, fields: dict[str, Any]) -> Proof:
         return cls(**fields | {key: tuple(map(int, fields[key])) for key in ("of_class", "kept")})
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a person should know who asked for int8 to be quicker."""
+        if self.speed >= 1:
+            return ()
+        return (f"int8 was slower here than fp32 ({self.speed:.2f} times its speed); leave --precision int8 out",)
+
     def check(self, limit: float, model: str) -> None:
         """Raises ModelError where the agreement is below the limit, or says nothing: labels that are all alike."""
         if sum(count > 0 for count in self.of_class) < 2:

@@ -219,7 +219,7 @@ def _segment(
         source.grid.size,
         tally.engine,
         tuple(shares),
-        source.warnings,
+        source.warnings + (proof.warnings if proof else ()),
     )
 
 
