@@ -16,6 +16,8 @@ from benchmarks.table import Row
 from benchmarks.table import table as markdown_table
 from segcore.box import Box
 
+#: Side of MONAI's windows, by number of axes.
+ROI = {2: 256, 3: 96}
 AGREE, CHANGE = "labels as the whole image's", "scores differ by"
 
 
@@ -37,6 +39,9 @@ def table(options: argparse.Namespace) -> Iterator[str]:
     """
     if any(n % 16 for n in (options.side, options.voxels, options.cube)):
         raise SystemExit("sides must be multiples of 16, the stride of the network")
+    if options.side < ROI[2] or options.voxels < ROI[3]:
+        # MONAI pads what is smaller than its window with zeros, and then there is nothing to compare.
+        raise SystemExit(f"--side must be {ROI[2]} or more, and --voxels {ROI[3]}: MONAI's window")
     for task in options.tasks.split(","):
         yield _compare(options, {"2d": "yx", "3d": "zyx"}[task])
 
@@ -90,14 +95,13 @@ def _windows(
     scene: Path, model: Path, folder: Path, boxes: list[Box], dims: int, device: str
 ) -> dict[str, Callable[[], Measured]]:
     """MONAI's contestants: two overlaps, two layouts of memory."""
-    roi = {2: 256, 3: 96}[dims]
     made: dict[str, Callable[[], Measured]] = {}
     for overlap in (0.25, 0.5):
         for layout in ("contiguous", "channels_last"):
             name = f"MONAI, overlap {overlap}{', channels last' if layout == 'channels_last' else ''}"
             made[name] = partial(
                 peer, "windows", scene, model, folder / f"{name}.npz", format_boxes(boxes),
-                "--roi", roi, "--overlap", overlap, "--layout", layout, "--device", device,
+                "--roi", ROI[dims], "--overlap", overlap, "--layout", layout, "--device", device,
             )  # fmt: skip
     return made
 
