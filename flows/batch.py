@@ -53,6 +53,24 @@ class Limits:
     def deadlines(self) -> Deadlines:
         return Deadlines(self.tile_seconds, self.scene_seconds)
 
+    def processes(self, usual: int, cluster: str | None, wanted: int | None) -> int:
+        """Worker processes of this machine: as `wanted`, or else `usual`; deadlines end processes, and need one.
+
+        Raises PlanError for what contradicts.
+        """
+        if cluster is not None:
+            if wanted:
+                raise PlanError("--workers are processes here, and --cluster has its own; leave one of them out")
+            return 0
+        ended_by_force = self.tile_seconds is not None or self.scene_seconds is not None
+        if wanted is None:
+            return max(usual, int(ended_by_force))
+        if wanted == 0 and ended_by_force:
+            raise PlanError(
+                "--tile-timeout and --scene-timeout end worker processes; use --workers 1, or leave them out"
+            )
+        return wanted
+
     def at_once(self, scenes: int) -> int:
         """How many scenes are labelled side by side."""
         return min(scenes, self.scenes_at_once or _AT_ONCE)

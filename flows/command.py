@@ -54,7 +54,7 @@ from flows.options import (
 from flows.planning import plan
 from flows.preview import preview
 from flows.servers import servers
-from segcore.errors import PlanError, SegcoreError, one_line
+from segcore.errors import SegcoreError, one_line
 from segcore.spec import Settings, parse_seconds
 
 app = typer.Typer(
@@ -228,20 +228,6 @@ def server_is_configured() -> bool:
     return bool(PREFECT_API_URL.value())
 
 
-def processes_for(scenes: int, cluster: str | None, workers: int | None, limits: Limits) -> int:
-    """Worker processes: none for one scene, which then starts at once; one where a tile must not take all with it."""
-    if cluster is not None:
-        if workers is not None:
-            raise PlanError("--workers are processes of this machine, and --cluster has its own; leave one of them out")
-        return 0
-    ended_by_force = limits.tile_seconds is not None or limits.scene_seconds is not None
-    if workers is None:
-        return int(scenes > 1 or ended_by_force)
-    if workers == 0 and ended_by_force:
-        raise PlanError("--tile-timeout and --scene-timeout end worker processes; use --workers 1, or leave them out")
-    return workers
-
-
 def _run_here(
     batch: Batch,
     cluster: str | None,
@@ -255,7 +241,7 @@ def _run_here(
 
     run_id = uuid4().hex
     guards = guards_of(run_id, len(batch), leases)
-    with Crew(cluster, processes_for(len(batch), cluster, workers, limits), limits.deadlines, guards) as crew:
+    with Crew(cluster, limits.processes(int(len(batch) > 1), cluster, workers), limits.deadlines, guards) as crew:
         alone = crew.label_alone if crew.in_this_process else None
         command = " ".join(sys.argv[1:])
         archive = Archive(
@@ -284,7 +270,7 @@ def _run_flow(
     reporter: Reporter,
 ) -> dict[str, Any]:
     """Run the archive as a Prefect flow, on the configured server or on the embedded one."""
-    processes = processes_for(len(batch), cluster, workers, limits)
+    processes = limits.processes(int(len(batch) > 1), cluster, workers)
     os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
     where = os.environ.get("PREFECT_API_URL") if server_is_configured() else None
     reporter.note(f"flow        {where or 'on the embedded Prefect server, which takes 10 to 25 seconds to start'}")

@@ -97,8 +97,9 @@ def segment(
         str | None, Field(description="Address of a dask scheduler, or a cluster file (.yaml); default: none")
     ] = None,
     workers: Annotated[
-        int, Field(ge=0, description="Worker processes of this machine; 0: threads of the flow's own process")
-    ] = 0,
+        int | None,
+        Field(ge=0, description="Worker processes; 0: threads of the flow's own. Default: 0, and 1 with deadlines"),
+    ] = None,
     max_scenes: Annotated[int | None, Field(ge=1, description="Begin at most so many scenes that take work")] = None,
     stop_after: Annotated[str | None, Field(description="Stop after so long, such as 6h; the next run goes on")] = None,
     max_failure_rate: Annotated[
@@ -141,7 +142,7 @@ def segment(
         )
         _claim()
         batch = find_jobs(scenes, model, out, settings, name_folders)
-        summary = _label(batch, cluster, workers, limits, leases)
+        summary = _label(batch, cluster, limits.processes(0, cluster, workers), limits, leases)
     except SegcoreError as error:
         return Failed(message=str(error))
     if summary.failed:

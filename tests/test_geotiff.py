@@ -12,6 +12,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import rasterio
+from rasterio._env import get_gdal_config
 from rasterio.control import GroundControlPoint
 from rasterio.enums import ColorInterp
 from rasterio.transform import Affine, from_origin
@@ -19,7 +20,7 @@ from rio_cogeo.cogeo import cog_validate
 
 from segcore.box import Box
 from segcore.errors import ProductError, SceneError
-from segcore.io.cog import _mode_of_four
+from segcore.io.cog import GDAL_CACHE, _mode_of_four, gdal_environment
 from segcore.io.geotiff import Band, Raster, raster_file
 from segcore.io.memory import ArrayLabels
 from segcore.io.scratch import Scratch
@@ -388,3 +389,8 @@ def test_transforms_without_area_are_refused(make: Callable[..., Path]) -> None:
     path = make(np.zeros((1, 4, 4), np.uint8), transform=Affine(0, 0, 5, 0, 0, 7))
     with pytest.raises(SceneError, match="no area"):
         raster_file(str(path), "scene", wanted("a"))
+
+
+def test_the_block_cache_of_gdal_is_bounded_and_holds_blocks() -> None:
+    with gdal_environment():
+        assert get_gdal_config("GDAL_CACHEMAX") == GDAL_CACHE == 64 * 2**20

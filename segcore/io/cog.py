@@ -181,7 +181,8 @@ def frame_of(file: DatasetReader) -> GeoFrame:
 
 
 def gdal_environment() -> rasterio.Env:
-    return rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE // 2**20, GDAL_PAM_ENABLED=True)
+    # A number is one of bytes to rasterio, where to GDAL itself a small one is one of megabytes.
+    return rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE, GDAL_PAM_ENABLED=True)
 
 
 def window_of(box: Box) -> Window:
