@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
+from uuid import uuid4
 
 import nibabel as nib
 import numpy as np
@@ -263,7 +264,9 @@ class Nifti:
         staged = folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.nii"
         if not staged.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            partial = staged.with_suffix(".partial")
+            for leftover in folder.glob("*.partial"):  # of a run that was killed
+                leftover.unlink(missing_ok=True)
+            partial = staged.with_suffix(f".{uuid4().hex}.partial")
             try:
                 with gzip.open(source, "rb") as packed, partial.open("wb") as plain:
                     _unpack(packed, plain, self.uri)
