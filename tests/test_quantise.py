@@ -16,6 +16,7 @@ import rasterio
 from segcore import model as engines
 from segcore.errors import ModelError, PlanError
 from segcore.execute import Workers
+from segcore.io import product_name
 from segcore.model.card import load_card
 from segcore.model.quantise import Quantised, find_quantised, keep_quantised, quantise
 from segcore.precision import Proof
@@ -68,7 +69,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def job(scene: Path, model: Path, out: Path, **settings: Any) -> Job:
     wanted = {"precision": "int8", "agreement": 0.8} | settings
-    return Job(scene.stem, str(scene), str(model), str(out), Settings(**wanted))
+    return Job(product_name(str(scene)), str(scene), str(model), str(out), Settings(**wanted))
 
 
 def mask_of(out: Path, scene: Path) -> bytes:

@@ -18,13 +18,14 @@ from rio_cogeo.cogeo import cog_validate
 from segcore import demo
 from segcore.execute import Workers
 from segcore.files import sha256_of
+from segcore.io import product_name
 from segcore.io.nifti import geometry
 from segcore.scene import Outcome, segment_scene
 from segcore.spec import Job, Settings
 
 
 def label(scene: Path, model: str, out: Path, workers: Workers, **settings: object) -> tuple[Outcome, Path]:
-    outcome = segment_scene(Job(scene.stem, str(scene), model, str(out), Settings(**settings)), workers)  # type: ignore[arg-type]
+    outcome = segment_scene(Job(product_name(str(scene)), str(scene), model, str(out), Settings(**settings)), workers)  # type: ignore[arg-type]
     (mask,) = Path(outcome.product).parent.glob("*_mask.[tn]*[fz]")
     return outcome, mask
 

@@ -24,6 +24,7 @@ from rasterio.transform import from_origin
 from segcore.errors import ModelError, PlanError, ProductError, SceneError
 from segcore.execute import Workers
 from segcore.files import sha256_of
+from segcore.io import product_name
 from segcore.scene import segment_scene
 from segcore.spec import Job, Settings
 from segcore.survey import HIDDEN, survey
@@ -52,7 +53,7 @@ def raster(tmp_path: Path) -> Path:
 
 
 def job(scene: Path, model: str, out: Path, **settings: Any) -> Job:
-    return Job("scene_1", str(scene), model, str(out), Settings(**settings))
+    return Job(product_name(str(scene)), str(scene), model, str(out), Settings(**settings))
 
 
 def files(folder: Path) -> dict[str, str]:

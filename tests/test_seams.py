@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from segcore.box import Box
 from segcore.errors import PlanError, ProductError
 from segcore.execute import Workers
+from segcore.io import product_name
 from segcore.io.memory import ArrayScene
 from segcore.model import load_segmenter
 from segcore.model.card import Card, check_card, load_card
@@ -40,7 +41,7 @@ COST = Cost(1, 3, 100)
 
 
 def label(scene: Path, model: Path | str, out: Path, workers: Workers, **settings: object) -> tuple[Outcome, Path]:
-    job = Job("scene", str(scene), str(model), str(out), Settings(**settings))
+    job = Job(product_name(str(scene)), str(scene), str(model), str(out), Settings(**settings))
     outcome = segment_scene(job, workers)
     return outcome, Path(outcome.product)
 
@@ -297,7 +298,9 @@ def test_a_measured_run_that_was_killed_ends_with_the_same_bytes(
 ) -> None:
     settings = {"tile": 500, "tolerance": 1e-3}
     _, manifest = label(sentinel, land_unet, tmp_path / "whole", workers, **settings)
-    job = Job("scene", str(sentinel), str(land_unet), str(tmp_path / "killed"), Settings(**settings))
+    job = Job(
+        product_name(str(sentinel)), str(sentinel), str(land_unet), str(tmp_path / "killed"), Settings(**settings)
+    )
     done: list[int] = []
 
     class KilledError(Exception):
