@@ -181,7 +181,7 @@ def frame_of(file: DatasetReader) -> GeoFrame:
 
 
 def gdal_environment() -> rasterio.Env:
-    return rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE // 2**20, GDAL_PAM_ENABLED=True)
+    return rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE, GDAL_PAM_ENABLED=True)
 
 
 def window_of(box: Box) -> Window:
