@@ -181,6 +181,7 @@ def frame_of(file: DatasetReader) -> GeoFrame:
 
 
 def gdal_environment() -> rasterio.Env:
+    # A number is one of bytes to rasterio, where to GDAL itself a small one is one of megabytes.
     return rasterio.Env(GDAL_CACHEMAX=GDAL_CACHE, GDAL_PAM_ENABLED=True)
 
 
