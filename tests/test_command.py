@@ -14,6 +14,9 @@ import rasterio
 from conftest import save_local_unet
 from rasterio.transform import from_origin
 
+from segcore.ledger import RUN_FILES
+from segcore.survey import HIDDEN
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 CLOUDS = "ukis-csmask-6b-l1c"
 
@@ -97,7 +100,7 @@ def test_bad_scenes(tmp_path: Path, run_segflow: Run, make: Callable[[Path], Pat
     assert "Traceback" not in ended.stderr
     (line,) = ended.stderr.strip().splitlines()
     assert words in line
-    assert {path.name for path in out.glob("*")} <= {"run.json"}
+    assert {path.name for path in out.glob("*")} <= RUN_FILES
 
 
 def test_a_truncated_volume(tmp_path: Path, head: Path, run_segflow: Run) -> None:
@@ -106,7 +109,7 @@ def test_a_truncated_volume(tmp_path: Path, head: Path, run_segflow: Run) -> Non
     assert ended.returncode == 1
     (line,) = ended.stderr.strip().splitlines()
     assert "is truncated or damaged" in line
-    assert {path.name for path in out.glob("*")} == {"run.json"}
+    assert {path.name for path in out.glob("*")} == RUN_FILES
 
 
 @pytest.mark.parametrize(
@@ -130,7 +133,7 @@ def test_bad_settings(tmp_path: Path, landsat: Path, run_segflow: Run, options: 
     assert "Traceback" not in ended.stderr
     (line,) = ended.stderr.strip().splitlines()
     assert words in line
-    assert {path.name for path in (tmp_path / "out").glob("*")} <= {"run.json"}
+    assert {path.name for path in (tmp_path / "out").glob("*")} <= RUN_FILES
 
 
 def test_weights_with_another_digest(tmp_path: Path, landsat: Path, run_segflow: Run) -> None:
@@ -166,12 +169,13 @@ def test_a_bad_scene_does_not_stop_the_next(tmp_path: Path, run_segflow: Run) ->
     assert ended.returncode == 1
     assert ended.stderr == ""
     document = json.loads(ended.stdout)
-    assert document == json.loads((out / "run.json").read_text()) | {"seconds": document["seconds"]}
+    written = json.loads((out / "run.json").read_text())
+    assert document == {key: written[key] for key in document} | {"seconds": document["seconds"]}
     assert [(s["name"], s["state"]) for s in document["scenes"]] == [
         ("text", "failed"), ("lacking", "failed"), ("good", "done")
     ]  # fmt: skip
-    assert document["counts"] == {"done": 1, "up to date": 0, "failed": 2}
-    assert {path.name for path in out.iterdir()} == {"good", "run.json"}
+    assert document["counts"] == {"done": 1, "up to date": 0, "failed": 2, "quarantined": 0, "waiting": 0}
+    assert {path.name for path in out.iterdir()} - {HIDDEN} == {"good", *RUN_FILES}
 
 
 def test_scenes_of_one_name_are_refused_before_anything_is_done(tmp_path: Path, run_segflow: Run) -> None:
