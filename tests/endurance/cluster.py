@@ -147,14 +147,23 @@ def trial(options: argparse.Namespace, place: Path, found: Findings) -> None:
                 found.expect(code is None or ended == code, f"{name}: exit code {ended} and not {code}: {process.said}")
                 found.note(f"{name}: exit code", f"{ended}; {_told(process)}")
                 process.kill()
+                if "scheduler" not in cluster.parts:  # workers end, too, when theirs is away
+                    cluster.kill_all()
                 cluster.start()
                 again = run(command(out), place / f"{name}-again")
             found.expect(again.process.returncode == 0, f"{name}: again {again.process.returncode} {again.said}")
             found.expect(material.products(out) == whole, f"{name}: products differ from the undisturbed ones")
             found.expect(not (left := material.strays(out)), f"{name}: left behind {left}")
             resumed = sum(s["details"].get("tiles_kept", 0) for s in again.summary.get("scenes", []))
-            found.expect(resumed == kept, f"{name}: {kept} tiles were there, and {resumed} were kept")
-            found.note(f"{name}: labelled twice", f"{watch.twice} of {total}; {done} products and {kept} tiles kept")
+            # Workers that have lost their driver, and not their lives, still store the batches that they are in.
+            found.expect(
+                done == _SCENES or kept <= resumed <= kept + most,
+                f"{name}: {kept} tiles were there, {resumed} were kept",
+            )
+            found.note(
+                f"{name}: labelled twice",
+                f"{watch.twice} of {total}; {done} products were there, {resumed} tiles were kept",
+            )
             found.expect(watch.twice <= most, f"{name}: {watch.twice} tiles labelled twice, and {most} were under way")
 
         def worker(_: Running) -> None:
@@ -165,9 +174,6 @@ def trial(options: argparse.Namespace, place: Path, found: Findings) -> None:
         disturbed("worker", worker, 0)
         disturbed("driver", lambda process: process.kill(), -9)
         disturbed("scheduler", lambda _: cluster.kill("scheduler"), 1)
-        # The workers have lost their scheduler: nothing of this cluster is used again.
-        cluster.kill_all()
-        cluster.start()
 
         def everything(process: Running) -> None:
             cluster.kill_all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -103,11 +104,13 @@ def products(out: Path) -> dict[str, dict[str, str]]:
 
 
 def tiles(out: Path) -> dict[str, set[Path]]:
-    """The finished tiles in scratch, by scene."""
+    """The finished tiles in scratch, by scene; also while they come and go."""
     found: dict[str, set[Path]] = {}
-    for path in (out / ".segflow").glob("*/*/labels/c/*/*"):
-        if path.name.isdigit():
-            found.setdefault(path.relative_to(out / ".segflow").parts[0], set()).add(path)
+    hidden = out / ".segflow"
+    for folder, _, names in os.walk(hidden):
+        inside = Path(folder).relative_to(hidden).parts
+        if len(inside) == 5 and inside[2:4] == ("labels", "c"):
+            found.setdefault(inside[0], set()).update(Path(folder, name) for name in names if name.isdigit())
     return found
 
 

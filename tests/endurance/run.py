@@ -31,6 +31,7 @@ def main() -> None:
     # What runs is in sessions of its own: only this process can end it, and must have the time to.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     place = Path(tempfile.mkdtemp(prefix=f"segflow-{options.what}-"))
+    shutil.rmtree(os.environ["SEGFLOW_CACHE"])  # the tests', which are not run
     os.environ["SEGFLOW_CACHE"] = str(place / "cache")
     found = Findings(options.what, time.monotonic() + 60 * options.minutes)
     try:
