@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= out
 
-.PHONY: demo test check benchmark clean
+.PHONY: demo test check benchmark endurance clean
 
 $(VENV)/.ready: pyproject.toml constraints.txt requirements-data.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "segflow needs Python 3.11 or newer; use make PYTHON=python3.11")'
@@ -26,6 +26,9 @@ check: $(VENV)/.ready  ## lint and types
 
 benchmark: $(VENV)/.ready  ## tables of time and memory, as ratios: WHAT=monai|bare|csmask|deepbet|sweep|overhead|million|scaling|all, WITH='--side 2000'
 	PYTHONPATH=tests $(BIN)/python -m benchmarks $(WHAT) $(WITH)
+
+endurance: $(VENV)/.ready  ## faults on purpose, for minutes to hours: WHAT='poison 2000'|'kills 100'|cluster|full-disk (root)
+	PYTHONPATH=.:tests $(BIN)/python -m endurance.run $(WHAT)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -362,7 +362,9 @@ class Archive:
             self.out.mkdir(parents=True, exist_ok=True)
             write_json(self.out / ledger.RUN_FILE, self._document(ended))
         except (OSError, ValueError) as error:
-            self._warn(f"cannot write {self.out / ledger.RUN_FILE}: {one_line(error)}")
+            # An error of the system names a file of its own each time, and would be another warning every time.
+            reason = getattr(error, "strerror", None) or one_line(error)
+            self._warn(f"cannot write {self.out / ledger.RUN_FILE}: {reason}")
 
     def _close(self) -> None:
         """Write what is read in the morning."""

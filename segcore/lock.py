@@ -101,8 +101,10 @@ def locked(folder: Path, wait_seconds: float, run: str = "") -> Iterator[Lock]:
         _write_note(folder, holder)
         yield Lock(folder, descriptor)
     finally:
-        if noted(folder) == holder:  # where flock does not carry, it may be the note of another host
-            (folder / NOTE).unlink(missing_ok=True)
+        # That a disk has become read-only is said by whoever wrote on it, and not by the end of the lock.
+        with contextlib.suppress(OSError):
+            if noted(folder) == holder:  # where flock does not carry, it may be the note of another host
+                (folder / NOTE).unlink(missing_ok=True)
         # Empty it is of no use; removed while it is locked, so that no other run can be in it.
         with contextlib.suppress(OSError):
             folder.rmdir()
@@ -142,12 +144,13 @@ def noted(folder: Path) -> Holder | None:
 
 
 def empty(folder: Path) -> None:
-    """Remove what is in a locked folder, and not the folder, which is the lock, nor its note."""
+    """Remove what is in a locked folder, and not the folder, which is the lock, nor its note; what cannot go, stays."""
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         elif path.name != NOTE:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def _lock(folder: Path) -> int | None:

@@ -22,7 +22,7 @@ from uuid import uuid4
 from segcore.errors import MemoryShortageError, ProductError, SceneError, SegcoreError
 from segcore.execute import Workers, label_tiles, run_once
 from segcore.io.scratch import Scratch
-from segcore.lock import Guard, Guarding, empty, locked
+from segcore.lock import Guard, Guarding, empty, held, locked
 from segcore.model import load_segmenter
 from segcore.model.quantise import Quantised, find_quantised, keep_quantised, put
 from segcore.precision import Proof, prove
@@ -31,7 +31,7 @@ from segcore.scaling import Scaling, fit_scaling
 from segcore.seams import Measured, SeamReport, measure_halo, report_seams
 from segcore.spec import SAME_SCORES, Job, Settings, usable_cores
 from segcore.speed import Speed, remember
-from segcore.survey import Prospect, check_range, provenance, survey
+from segcore.survey import Prospect, check_range, check_unchanged, provenance, survey
 from segcore.tile import Labeller
 from segcore.worker import Recipe, TileReport
 
@@ -137,6 +137,7 @@ def _segment(
     source, plan, card = prospect.source, prospect.plan, prospect.model.card
     manifest = manifest_path(Path(job.out).absolute(), source.name)
     if is_current(manifest, prospect.fingerprint):
+        _tidy(prospect.hidden, guarding)
         return Outcome("up to date", source.name, source.uri, str(manifest), time.perf_counter() - began, len(plan))
     with guarding(prospect.hidden) as guard:
         if is_current(manifest, prospect.fingerprint):  # another run has just made it
@@ -163,6 +164,7 @@ def _segment(
             prepared = time.perf_counter()
             kept, tally = _label_all(recipe, workers, _while_held(guard, progress), deadlines)
             labelled = time.perf_counter()
+            check_unchanged(prospect)
             with workers.desk:
                 shares = class_shares(scratch, source, legend_of(card))
                 if not any(share.pixels for share in shares):
@@ -325,6 +327,15 @@ def _measure_halo(recipe: Recipe, workers: Workers, tolerance: float | None) -> 
     )
 
 
+def _tidy(hidden: Path, guarding: Guarding) -> None:
+    """Remove what a run left that was killed between its commit and its end; what another run has is left alone."""
+    with contextlib.suppress(ProductError, OSError):
+        if hidden.exists() and not held(hidden):
+            with guarding(hidden) as guard:
+                if guard.holds():
+                    empty(hidden)
+
+
 class _Finding(Protocol):
     """What was measured on a scene, as JSON."""
 
@@ -347,5 +358,7 @@ def _kept(path: Path, kind: type[_F], measure: Callable[[], _F]) -> _F:
         unfinished.write_text(json.dumps(found.to_json()))
         os.replace(unfinished, path)
     except OSError as error:
-        raise ProductError(f"cannot write {path}: {error.strerror or error}", retryable=True) from error
+        raise ProductError(
+            f"cannot write {path}: {error.strerror or error}; free some space, run again", retryable=True
+        ) from error
     return found

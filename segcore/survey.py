@@ -177,6 +177,25 @@ def check_range(source: Source, card: Card) -> None:
             )
 
 
+def check_unchanged(prospect: Prospect) -> None:
+    """Look at a labelled scene's files again. Raises SceneError, retryable, where they are not those of the survey.
+
+    Some tiles may then be of the one, some of the other. Where files are gone, what was labelled is still worth having.
+    """
+    try:
+        now = _fingerprint(prospect.job, prospect.model, prospect.source, prospect.calibration)
+    except SceneError as error:
+        raise SceneError(
+            f"{error}; it was there when it was labelled, and finished tiles are kept: is its storage mounted?",
+            retryable=True,
+        ) from error
+    if now != prospect.fingerprint:
+        raise SceneError(
+            f"{prospect.source.uri} has changed while it was labelled; run again when it is written whole",
+            retryable=True,
+        )
+
+
 def provenance(prospect: Prospect, created: str, engine: str) -> dict[str, Any]:
     """The part of a manifest that is known before the first tile: input, model, settings, plan and versions."""
     card, source = prospect.model.card, prospect.source

@@ -71,8 +71,7 @@ class Fake:
 
 def run(out: Path, names: Sequence[str], fake: Fake, alone: Fake | None = None, **limits: Any) -> Summary:
     jobs = [Job(name, name, "m", str(out)) for name in names]
-    label_alone = alone or None
-    return Archive(jobs, fake, fake.drained.set, Silent(), Limits(**limits), label_alone).run()
+    return Archive(jobs, fake, fake.drained.set, Silent(), Limits(**limits), label_alone=alone).run()
 
 
 def states(summary: Summary) -> dict[str, str]:
@@ -163,6 +162,12 @@ def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
     blocked = run(tmp_path / "file", ["good"], Fake())
     assert blocked.exit_code == 0
     assert any("run.json" in warning for warning in blocked.warnings)
+
+
+def test_the_same_trouble_is_one_warning_however_often_it_comes(tmp_path: Path) -> None:
+    (tmp_path / "run.json").mkdir()
+    troubled = run(tmp_path, ["good"], Fake())
+    assert troubled.warnings == (f"cannot write {tmp_path / 'run.json'}: Is a directory",)
 
 
 def test_limits_and_times_are_checked() -> None:

@@ -152,3 +152,21 @@ def test_the_lock_is_not_inherited(tmp_path: Path) -> None:
             assert held(tmp_path / "scene")
     finally:
         child.communicate(b"\n")
+
+
+def test_a_disk_that_became_read_only_hides_no_other_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(30, "Read-only file system", str(path))
+
+    folder = tmp_path / "hidden" / "scene"
+
+    def fail() -> None:
+        with locked(folder, 0):
+            (folder / "tile").write_text("")
+            monkeypatch.setattr(Path, "unlink", refuse)
+            empty(folder)
+            raise ProductError("the disk is full")
+
+    with pytest.raises(ProductError, match="the disk is full"):
+        fail()
+    assert not held(folder)

@@ -183,9 +183,9 @@ def test_volumes_of_every_spacing_keep_their_grid(tmp_path: Path, workers: Worke
         outcome = segment_scene(
             job(tmp_path / "scene.nii.gz", str(folder), tmp_path / f"out{tile}", tile=tile), workers
         )
-        masks.append(Path(outcome.product).with_name("scene_mask.nii.gz").read_bytes())
+        masks.append(Path(outcome.product).with_name("scene_1_mask.nii.gz").read_bytes())
     assert masks[0] == masks[1] == masks[2]
-    mask = nib.load(Path(outcome.product).with_name("scene_mask.nii.gz"))
+    mask = nib.load(Path(outcome.product).with_name("scene_1_mask.nii.gz"))
     assert mask.shape == values.shape
     assert np.array_equal(mask.affine, nib.load(tmp_path / "scene.nii.gz").affine)
     manifest = json.loads(Path(outcome.product).read_text())
@@ -308,6 +308,48 @@ def test_two_runs_at_once_label_a_scene_once(tmp_path: Path, raster: Path, model
     ended = [json.loads(run.communicate(timeout=120)[0]) for run in runs]
     assert [document["exit_code"] for document in ended] == [0, 0]
     assert sorted(document["scenes"][0]["state"] for document in ended) == ["done", "up to date"]
+
+
+def test_what_a_run_left_that_was_killed_after_its_commit_goes(
+    tmp_path: Path, raster: Path, model: str, workers: Workers
+) -> None:
+    wanted, left = job(raster, model, tmp_path / "out", tile=200), tmp_path / "out" / HIDDEN / "scene_1"
+    segment_scene(wanted, workers)
+    (left / "0123-200x200" / "labels").mkdir(parents=True)
+    descriptor = os.open(left, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    assert segment_scene(wanted, workers).state == "up to date"
+    assert (left / "0123-200x200").exists(), "another run was at work there"
+    os.close(descriptor)
+    assert segment_scene(wanted, workers).state == "up to date"
+    assert not left.exists()
+
+
+def test_a_scene_that_changes_while_it_is_labelled_is_no_product(
+    tmp_path: Path, raster: Path, model: str, workers: Workers
+) -> None:
+    wanted = job(raster, model, tmp_path / "out", tile=200)
+    with pytest.raises(SceneError, match="has changed while it was labelled") as refused:
+        segment_scene(wanted, workers, lambda _, done, __: os.utime(raster, ns=(done, done)))
+    assert refused.value.retryable
+    assert not (tmp_path / "out" / "scene_1").exists()
+    assert segment_scene(wanted, workers).tiles_kept == 0
+
+
+def test_a_scene_whose_storage_goes_away_keeps_its_tiles(
+    tmp_path: Path, raster: Path, model: str, workers: Workers
+) -> None:
+    wanted, away = job(raster, model, tmp_path / "out", tile=200), tmp_path / "away"
+
+    def unmount(_: str, done: int, total: int) -> None:
+        if done == total:
+            os.replace(raster, away)
+
+    with pytest.raises(SceneError, match=r"No such file or directory.* tiles are kept") as refused:
+        segment_scene(wanted, workers, unmount)
+    assert refused.value.retryable
+    os.replace(away, raster)
+    assert segment_scene(wanted, workers).tiles_kept == 12
 
 
 def test_damaged_scratch_is_begun_anew(tmp_path: Path, raster: Path, model: str, workers: Workers) -> None:
