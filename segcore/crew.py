@@ -28,7 +28,7 @@ class Crew:
     ) -> None:
         self._where, self._processes, self._guarding = where, processes, guarding
         self._deadlines = deadlines or Deadlines()
-        self._lock, self._draining = threading.Lock(), threading.Event()
+        self._lock, self._replacing, self._draining = threading.Lock(), threading.Lock(), threading.Event()
         self._workers = Workers(where, processes)
         self._others: list[Workers] = []
 
@@ -72,12 +72,17 @@ class Crew:
             return self._workers
 
     def _replace(self, lost: Workers) -> None:
-        with self._lock:
-            if self._workers is not lost or self._draining.is_set():
+        """May take minutes, in which `drain` must not wait for it."""
+        with self._replacing:
+            if self._present() is not lost or self._draining.is_set():
                 return
             lost.close()
             with contextlib.suppress(SegcoreError):  # the next scene will say so
-                self._workers = Workers(self._where, self._processes)
+                others = Workers(self._where, self._processes)
+                with self._lock:
+                    self._workers = others
+                    if self._draining.is_set():
+                        others.drain()
 
     def __enter__(self) -> Crew:
         return self
