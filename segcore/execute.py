@@ -29,7 +29,7 @@ from uuid import uuid4
 import psutil
 from distributed import Client, Future, KilledWorker, Scheduler
 
-from segcore.cluster import ClusterFile, is_cluster_file, local_cluster
+from segcore.cluster import ClusterFile, check_address, is_cluster_file, local_cluster
 from segcore.errors import ModelError, PlanError, PoisonError, SceneError, SegcoreError, StoppedError, one_line
 from segcore.plan import Index
 from segcore.spec import usable_cores
@@ -125,6 +125,8 @@ class Workers:
                 self._cluster = local_cluster(processes)
             elif is_cluster_file(where):
                 self._cluster = ClusterFile.read(where).start()
+            else:
+                check_address(where)  # a client that never was takes half a minute to go
             self.client = Client(self._cluster or address, timeout=15, set_as_default=False)
         except (OSError, ValueError, TimeoutError) as error:
             self.close()

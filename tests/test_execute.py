@@ -17,6 +17,7 @@ import pytest
 from conftest import save_local_unet
 
 from segcore.box import Box
+from segcore.cluster import ClusterFile
 from segcore.errors import ModelError, PlanError, SceneError
 from segcore.execute import ATTEMPTS, Workers, label_tiles
 from segcore.io.memory import ArrayScene
@@ -185,3 +186,29 @@ def test_a_lost_scheduler_is_said_and_tiles_are_kept(
         with pytest.raises(ModelError, match="lost the dask scheduler"):
             list(label_tiles(second, second.plan.indices(), remote))
     assert first.scratch.done()
+
+
+@pytest.mark.parametrize("address", ["somewhere", "tcp://somewhere", "http://somewhere:80"])
+def test_what_is_no_address_is_said_at_once(address: str) -> None:
+    with pytest.raises(PlanError, match=f"no dask scheduler answers at {address}"):
+        Workers(address)
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("", "it needs `kind`"),
+    ("kind: [a]\nworkers: 1", r"kind \['a'\] must be one of local"),
+    ("kind: local\nworkers: [", "is no YAML in line 2"),
+    ("kind: local\nworkers: two", "must be whole numbers"),
+    ("kind: local\nworkers: 1\noptions: {n_workers: 0}", "say it as `workers`"),
+    ("kind: local\nworkers: 1\nworker: 2", "unknown keys worker"),
+])  # fmt: skip
+def test_a_cluster_file_that_is_wrong_is_refused_in_a_line(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "cluster.yaml").write_text(text)
+    with pytest.raises(PlanError, match=rf"cluster\.yaml.*{said}"):
+        ClusterFile.read(str(tmp_path / "cluster.yaml"))
+
+
+def test_an_option_that_a_worker_does_not_know_is_named(tmp_path: Path) -> None:
+    (tmp_path / "cluster.yaml").write_text("kind: local\nworkers: 1\noptions: {nix: 3}")
+    with pytest.raises(PlanError, match="nix"):
+        ClusterFile.read(str(tmp_path / "cluster.yaml")).start()
