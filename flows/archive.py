@@ -246,7 +246,7 @@ class Archive:
         with self._lock:
             del self._under_way[job.name]
         if isinstance(found, StoppedError):
-            self._reason = self._reason or "stopped"
+            self._reason = self._reason or str(found)
             return
         if isinstance(found, InUseError):
             # Another run has it: the next scene, and later this one again; a run that stops leaves it to the other.

@@ -42,6 +42,8 @@ BATCH_SECONDS = 0.5
 ATTEMPTS = 3
 #: A tile is poison when it has killed its worker so often with nothing else under way.
 DEATHS = 2
+#: Seconds in which a scheduler must answer.
+_ANSWER = 15.0
 #: Seconds in which a worker that died should be back.
 _REVIVAL = 60.0
 #: Seconds after a death in which nothing is submitted: a worker that dies while it is started is not started again.
@@ -127,7 +129,7 @@ class Workers:
                 self._cluster = ClusterFile.read(where).start()
             else:
                 check_address(where)  # a client that never was takes half a minute to go
-            self.client = Client(self._cluster or address, timeout=15, set_as_default=False)
+            self.client = Client(self._cluster or address, timeout=_ANSWER, set_as_default=False)
         except (OSError, ValueError, TimeoutError) as error:
             self.close()
             raise PlanError(

@@ -287,6 +287,9 @@ def test_the_command_runs_an_archive_and_only_what_is_new(tmp_path: Path, scenes
     dry = run_segflow("run", scenes, "-m", model, "-o", out, "--dry-run", "--json")
     assert json.loads(dry.stdout)["counts"] == {"new": 6, "refused": 1}
     assert not out.exists()
+    refused = run_segflow("run", scenes, "-m", model, "-o", out, "--dry-run", "--workers", 0, "--tile-timeout", "5s")
+    assert refused.returncode == 2
+    assert "use --workers 1" in refused.stderr
     first = run_segflow("run", scenes, "-m", model, "-o", out, "--max-scenes", 4, "--json")
     told = json.loads(first.stdout)
     assert first.returncode == 75, first.stderr
