@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
 import sys
@@ -20,6 +22,7 @@ for _name, _value in (
 
 #: Seconds in which a run that was told to stop has stopped; what hangs then is cut off, and loses its tiles.
 _LAST_SECONDS = 9.5
+_STOPPED = "stopped; run the same command again to go on"
 
 
 def main() -> None:
@@ -37,7 +40,8 @@ def main() -> None:
         late = threading.Timer(_LAST_SECONDS, os._exit, (code,))
         late.daemon = True
         late.start()
-        print("stopped; run the same command again to go on", file=sys.stderr)
+        with contextlib.suppress(OSError):  # not `print`: it may be in the middle of one
+            os.write(2, f"{_STOPPED}\n".encode())
         raise SystemExit(code)
 
     signal.signal(signal.SIGTERM, stop)
@@ -49,5 +53,7 @@ def main() -> None:
     except BaseException as error:
         # Whatever a library makes of the end of the run, it is the end of the run.
         if code:
+            if "--json" in sys.argv:
+                print(json.dumps({"error": _STOPPED, "exit_code": code}, indent=2))
             raise SystemExit(code) from error
         raise

@@ -7,6 +7,7 @@ quarantined, or was not begun; what became of it is in the ledger at once, and i
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import platform
 import queue
@@ -22,18 +23,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from flows.batch import STOPPED, Limits, SceneRecord, State, Summary
+from flows.batch import NOTHING_RUN, STOPPED, Limits, SceneRecord, State, Summary
 from flows.console import Reporter
 from segcore import ledger
 from segcore.errors import InUseError, PoisonError, ProductError, SegcoreError, StoppedError, one_line
 from segcore.io import Problem
 from segcore.lease import Leases, guarding
-from segcore.lock import Guarding
+from segcore.lock import Guarding, held
 from segcore.metrics import write_metrics
 from segcore.publish import write_json
 from segcore.report import write_report
 from segcore.scene import LOCK_SECONDS, Outcome
 from segcore.spec import Job
+from segcore.survey import HIDDEN
 
 #: A scene whose fault may pass (storage was away, a worker lost) is tried so often, so many seconds apart.
 ATTEMPTS, _PAUSE = 3, 5.0
@@ -45,7 +47,8 @@ _BEAT = 5.0
 _DRAIN = 7.0
 #: Scenes that must have ended before their failure rate says anything.
 _ENOUGH = 10
-#: Seconds that a scene may take beyond its deadline before it is given up: its thread then hangs in a file.
+#: Seconds that a scene may take beyond the deadline of its tiles before it is given up, and at least as long as that:
+#: for its statistics, its product and the scenes before it. Its thread then hangs in a file.
 _GRACE = 60.0
 #: Scenes that `run.json` names one by one; the ledger has all.
 _NAMED = 1000
@@ -102,34 +105,41 @@ class Archive:
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _started: str = ""
     _began: float = 0.0
-    _begun: int = 0
+    _worked: int = 0
+    _in_vain: int = 0
     _reason: str = ""
     _stopped: bool = False
+    _leave_at: float = math.inf
     _code: int | None = None
 
     def run(self) -> Summary:
         """Label the scenes. Returns what became of them; a signal raises SystemExit, with everything written."""
         self._started, self._began = ledger.now(), time.monotonic()
-        waiting, suspects = self._arrange()
-        self._event(ledger.RUN_STARTED, total=self._total, model=self.jobs[0].model, command=self.command)
-        for problem in self.problems:
-            self._settle(SceneRecord(problem.what, problem.what, "failed", 0.0, problem.reason, "SceneError"))
-        self._write_run()
         over = threading.Event()
         heart = threading.Thread(target=self._beat, args=(over,), name="heartbeat", daemon=True)
-        heart.start()
         try:
+            self._event(ledger.RUN_STARTED, total=self._total, model=self.jobs[0].model, command=self.command)
+            self._write_run()
+            heart.start()
+            waiting, suspects = self._arrange()
+            for problem in self.problems:
+                self._settle(SceneRecord(problem.what, problem.what, "failed", 0.0, problem.reason, "SceneError"))
             self._go(waiting, suspects)
             summary = self._summary(ended=True)
             self._code = summary.exit_code
         except BaseException as error:
-            self._reason = "stopped by a signal" if isinstance(error, SystemExit | KeyboardInterrupt) else repr(error)
-            self._code, self._stopped = STOPPED, True
+            if isinstance(error, Exception):  # a fault of segflow, which the command says is code 2
+                self._reason, self._code = f"unexpected {type(error).__name__}: {one_line(error)}", NOTHING_RUN
+            else:
+                code = getattr(error, "code", None)
+                self._reason, self._code = "stopped by a signal", code if isinstance(code, int) and code else STOPPED
+            self._stopped = True
             self._drain_all()
             raise
         finally:
             over.set()
-            heart.join(1)
+            if heart.is_alive():
+                heart.join(1)
             self._close()
         return self._summary(ended=True)
 
@@ -142,22 +152,34 @@ class Archive:
         return len(self.jobs) + len(self.problems)
 
     def _arrange(self) -> tuple[deque[_Visit], deque[_Visit]]:
-        """The scenes in order, and those that were under way when an earlier run died: they come last, and alone."""
+        """The scenes in order, and those that were under way when an earlier run died: they come last, and alone.
+
+        What failed before comes behind what did not, so that a run of so many scenes gets on every night.
+        """
         past = ledger.Ledger(self.out / ledger.LEDGER_FILE, empty=True)
         with contextlib.suppress(OSError):  # what cannot be read cannot be written either, which is a warning
             past.refresh()
-        waiting, suspects = deque[_Visit](), deque[_Visit]()
+        waiting, again, suspects = deque[_Visit](), deque[_Visit](), deque[_Visit]()
         for job in self.jobs:
             entry = past.get(job.name)
             if entry is not None and entry.state == "quarantined" and not self.limits.retry_failed:
                 reason = f"{entry.reason} (found earlier; --retry-failed tries it again)"
                 self._records[job.name] = SceneRecord(job.name, job.uri, "quarantined", 0.0, reason, entry.error)
                 self._event(ledger.SCENE_QUARANTINED, scene=job.name, uri=job.uri, reason=entry.reason)
-            elif entry is not None and entry.state == "unfinished" and _died(past, str(entry.last.get("run_id"))):
+            elif entry is not None and entry.state == "unfinished" and self._died_with_its_run(past, entry):
                 suspects.append(_Visit(job, alone=self.label_alone is not None))
             else:
-                waiting.append(_Visit(job))
-        return waiting, suspects
+                (again if entry is not None and entry.state == "failed" else waiting).append(_Visit(job))
+        return waiting + again, suspects
+
+    def _died_with_its_run(self, past: ledger.Ledger, entry: ledger.SceneEntry) -> bool:
+        """Whether the run that began a scene has died: it did not say that it ended, and does not hold the scene."""
+        run = past.runs.get(str(entry.last.get("run_id")))
+        if run is None or run.ended:
+            return False
+        with contextlib.suppress(ProductError):
+            return not held(self.out / HIDDEN / entry.scene)
+        return True
 
     def _go(self, waiting: deque[_Visit], suspects: deque[_Visit]) -> None:
         while True:
@@ -168,10 +190,11 @@ class Archive:
             if not self._under_way and (not waiting or self._reason):
                 return
             with contextlib.suppress(queue.Empty):
-                visit, found, seconds = self._ended.get(timeout=0.2)
-                if visit.job.name not in self._given_up:
-                    self._end(visit, found, seconds, waiting)
+                self._end(*self._ended.get(timeout=0.2), waiting)
             self._look_at_limits()
+            if time.monotonic() > self._leave_at:
+                self._warn(f"{', '.join(self._under_way)} did not end in time; the next run goes on with what is kept")
+                return
 
     def _next(self, waiting: deque[_Visit]) -> _Visit | None:
         """The scene that is to begin now, taken out of those that wait; None where none may."""
@@ -183,16 +206,12 @@ class Archive:
         visit = next((visit for visit in waiting if visit.not_before <= time.monotonic()), None)
         if visit is None or (visit.alone and under_way):
             return None
-        if self.limits.max_scenes is not None and self._laboured() + under_way >= self.limits.max_scenes:
+        if self.limits.max_scenes is not None and self._worked + under_way >= self.limits.max_scenes:
             if not under_way:
                 self._reason = f"--max-scenes {self.limits.max_scenes} is reached"
             return None
         waiting.remove(visit)
         return visit
-
-    def _laboured(self) -> int:
-        """Scenes that took work."""
-        return sum(record.state in ("done", "failed") for record in self._records.values())
 
     def _begin(self, visit: _Visit) -> None:
         job = visit.job
@@ -222,24 +241,33 @@ class Archive:
 
     def _end(self, visit: _Visit, found: Outcome | Exception, seconds: float, waiting: deque[_Visit]) -> None:
         job = visit.job
+        if job.name in self._given_up:
+            return
         with self._lock:
             del self._under_way[job.name]
         if isinstance(found, StoppedError):
-            self._reason = self._reason or "stopped"
+            self._reason = self._reason or str(found)
             return
-        if isinstance(found, InUseError) and not self._reason:
-            # Another run has it: the next scene, and later this one again.
+        if isinstance(found, InUseError):
+            # Another run has it: the next scene, and later this one again; a run that stops leaves it to the other.
             visit.busy_since = visit.busy_since or time.monotonic()
             if time.monotonic() - visit.busy_since < LOCK_SECONDS:
                 visit.not_before = time.monotonic() + _BUSY_PAUSE
                 waiting.append(visit)
                 return
         passing = isinstance(found, SegcoreError) and found.retryable and not isinstance(found, PoisonError)
-        if passing and self.retry and visit.attempt < ATTEMPTS and not self._reason:
+        if passing and self.retry and visit.attempt < ATTEMPTS:
+            # A run that stops leaves it to the next one.
             pause = time.monotonic() + _PAUSE * visit.attempt
             waiting.append(_Visit(job, visit.attempt + 1, pause, visit.alone))
             return
-        self._settle(_record(job, found, seconds, visit.attempt))
+        self._settle_work(_record(job, found, seconds, visit.attempt))
+
+    def _settle_work(self, record: SceneRecord) -> None:
+        """A scene of this run has ended; unless it was up to date, it took work. Limits count these alone."""
+        self._worked += record.state != "up to date"
+        self._in_vain += record.state in ("failed", "quarantined")
+        self._settle(record)
 
     def _settle(self, record: SceneRecord) -> None:
         """A scene has ended: say so everywhere."""
@@ -261,24 +289,22 @@ class Archive:
         self.reporter.ended(record)
 
     def _look_at_limits(self) -> None:
-        limits, records = self.limits, self._records.values()
+        limits = self.limits
         if limits.scene_seconds is not None:
             for scene in list(self._under_way.values()):
-                if time.monotonic() - scene.began > limits.scene_seconds + _GRACE:
+                if time.monotonic() - scene.began > limits.scene_seconds + max(_GRACE, limits.scene_seconds):
                     self._give_up(scene)
         if self._reason:
             return
         if limits.stop_after is not None and time.monotonic() - self._began > limits.stop_after:
             self._reason = f"--stop-after {limits.stop_after:g} s is reached"
             self._drain_all()
-        ended = [record for record in records if record.state in ("done", "failed", "quarantined")]
-        failed = sum(record.state != "done" for record in ended)
         if (
             limits.max_failure_rate is not None
-            and len(ended) >= min(_ENOUGH, len(self.jobs))
-            and failed > limits.max_failure_rate * len(ended)
+            and self._worked >= min(_ENOUGH, len(self.jobs))
+            and self._in_vain > limits.max_failure_rate * self._worked
         ):
-            self._reason = f"{failed} of {len(ended)} scenes failed, more than --max-failure-rate allows"
+            self._reason = f"{self._in_vain} of {self._worked} scenes failed, more than --max-failure-rate allows"
             self._code = 1
             self.warnings.append(f"{self._reason}; look at {ledger.FAILURES_FILE}: a wrong model or mount?")
             self._drain_all()
@@ -291,16 +317,17 @@ class Archive:
         self._given_up.add(job.name)
         reason = f"{job.uri} did not end in {seconds:.0f} s and hangs in a file; is its storage mounted?"
         details = {"attempts": scene.visit.attempt, "retryable": True}
-        self._settle(SceneRecord(job.name, job.uri, "failed", round(seconds, 3), reason, "SceneError", details=details))
+        seconds = round(seconds, 3)
+        self._settle_work(SceneRecord(job.name, job.uri, "failed", seconds, reason, "SceneError", details=details))
 
     def _drain_all(self) -> None:
-        """End what is under way, and keep what it has finished."""
+        """End what is under way, and keep what it has finished. What hangs is left, a while later."""
         self.drain()
+        self._leave_at = time.monotonic() + _GRACE
         until = time.monotonic() + _DRAIN
         while self._under_way and (left := until - time.monotonic()) > 0:
             with contextlib.suppress(queue.Empty):
-                visit, found, seconds = self._ended.get(timeout=left)
-                self._end(visit, found, seconds, deque())
+                self._end(*self._ended.get(timeout=left), deque())
 
     def _event(self, event: str, **fields: Any) -> None:
         """Tell the ledger. Products do not depend on it, so that a failure is a warning."""
@@ -377,7 +404,7 @@ class Archive:
             reason=self._reason,
         )
         self._write_run(ended=True)
-        with contextlib.suppress(SegcoreError, OSError):  # a disk that is full was warned of already
+        try:
             known = ledger.Ledger(self.out / ledger.LEDGER_FILE)
             troubled = known.troubled()
             if troubled:
@@ -387,6 +414,8 @@ class Archive:
             if not self._stopped:  # whoever was told to stop has no time for it; `segflow report` writes it
                 write_metrics(self.out / ledger.METRICS_FILE, self._document(ended=True), known.totals)
                 write_report(self.out)
+        except Exception as error:  # scenes are done although a page about them cannot be written
+            self._warn(f"cannot write all about this run into {self.out}: {one_line(error)}")
 
 
 def guards_of(run_id: str, scenes: int, leases: str | None) -> Guarding:
@@ -395,12 +424,6 @@ def guards_of(run_id: str, scenes: int, leases: str | None) -> Guarding:
     `leases`: URL below which they are, None for locks alone. Raises ProductError, PlanError.
     """
     return guarding(run_id, LOCK_SECONDS if scenes == 1 else 0, Leases.at(leases, run_id) if leases else None)
-
-
-def _died(past: ledger.Ledger, run_id: str) -> bool:
-    """Whether a run ended without saying so."""
-    run = past.runs.get(run_id)
-    return run is not None and not run.ended
 
 
 def _record(job: Job, found: Outcome | Exception, seconds: float, attempts: int) -> SceneRecord:

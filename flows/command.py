@@ -124,6 +124,7 @@ def run(
     )
     batch = find_jobs(scenes, model, out, settings, name_folders)
     if dry_run:
+        processes_for(len(batch), cluster, workers, limits)  # refuses what a run would refuse
         raise typer.Exit(preview(batch, limits, as_json))
     as_flow = server_is_configured() if prefect is None else prefect
     with reporting(quiet=as_json) as reporter:
@@ -320,7 +321,8 @@ def _options(
 def command() -> None:
     """Run the command line: what a user can mend becomes one line and exit code 2, whatever it is."""
     warnings.filterwarnings("ignore", message=".*no geotransform, gcps, or rpcs.*")
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what it would say becomes an error of ours
+    for talker in ("distributed", "distributed.client"):  # what they would say becomes an error of ours
+        logging.getLogger(talker).setLevel(logging.CRITICAL)
     try:
         code = app(standalone_mode=False)
     except Exception as error:

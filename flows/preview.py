@@ -92,7 +92,8 @@ def _seconds(work: Sequence[Foreseen]) -> float | None:
 
 
 def _line(scene: Foreseen) -> str:
-    told = scene.reason or (f"{scene.tiles} tiles, {scene.pixels / 1e6:.4g} megapixels" if scene.tiles else "")
+    tiles = "1 tile" if scene.tiles == 1 else f"{scene.tiles} tiles"
+    told = scene.reason or (f"{tiles}, {scene.pixels / 1e6:.4g} megapixels" if scene.tiles else "")
     return f"{scene.state:12}{scene.name}{f': {told}' if told else ''}"
 
 

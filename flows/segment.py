@@ -28,7 +28,7 @@ from flows.batch import Batch, Limits, SceneRecord, Summary, find_jobs
 from flows.console import Lines, Reporter, current_reporter, report_to
 from flows.servers import HOST, PROCESS
 from segcore.crew import Crew
-from segcore.errors import SegcoreError
+from segcore.errors import InUseError, SegcoreError, StoppedError
 from segcore.scene import Outcome, Progress
 from segcore.spec import Job, Settings, parse_bytes, parse_seconds
 
@@ -37,9 +37,11 @@ MOST_TASKS = 1000
 
 
 def _may_help(_task: object, _run: TaskRun, state: State[Any]) -> bool:
-    """Whether trying a scene again may help: not when its error says otherwise."""
+    """Whether trying a scene again may help: not when its error says otherwise, or when the archive sees to it."""
     try:
         state.result(raise_on_failure=True)
+    except (StoppedError, InUseError):
+        return False
     except SegcoreError as error:
         return error.retryable
     except Exception:

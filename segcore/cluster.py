@@ -19,6 +19,8 @@ from typing import Any
 import dask
 import yaml
 from distributed import LocalCluster
+from distributed.comm import parse_address, parse_host_port
+from distributed.comm.registry import get_backend
 
 from segcore.errors import PlanError, one_line
 from segcore.plan import TILES_IN_FLIGHT
@@ -54,7 +56,7 @@ class ClusterFile:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.kind not in _KINDS:
+        if not isinstance(self.kind, str) or self.kind not in _KINDS:
             raise PlanError(f"{self.path}: kind {self.kind!r} must be one of {', '.join(_KINDS)}")
         numbers = (self.workers, self.workers if self.maximum is None else self.maximum)
         if any(not isinstance(n, int) or isinstance(n, bool) for n in numbers) or not 0 <= numbers[0] <= numbers[1]:
@@ -63,12 +65,17 @@ class ClusterFile:
             raise PlanError(f"{self.path}: at least one worker is needed")
         if not isinstance(self.options, dict) or not all(isinstance(key, str) for key in self.options):
             raise PlanError(f"{self.path}: options must be names with values, those of the class of kind {self.kind}")
+        if "n_workers" in self.options:
+            raise PlanError(f"{self.path}: n_workers is no option here; say it as `workers`")
 
     @classmethod
     def read(cls, path: str) -> ClusterFile:
         """Raises PlanError where the file is missing, is no YAML or holds other keys."""
         try:
             document = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
+        except yaml.MarkedYAMLError as error:
+            line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+            raise PlanError(f"{path} is no YAML{line}: {error.problem or one_line(error)}") from error
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise PlanError(f"{path} cannot be read as a cluster file: {one_line(error)}") from error
         if not isinstance(document, dict) or "kind" not in document:
@@ -102,8 +109,25 @@ class ClusterFile:
                 elif self.kind not in _HERE:
                     cluster.scale(self.workers)
         except Exception as error:  # whatever the class of another package raises for options that it does not like
-            raise PlanError(f"{self.path}: no cluster of kind {self.kind}: {one_line(error)}") from error
+            raise PlanError(f"{self.path}: no cluster of kind {self.kind}: {_reasons(error)}") from error
         return cluster
+
+
+def _reasons(error: BaseException) -> str:
+    """What went wrong, and why: dask says of workers only that they did not start."""
+    told = [one_line(error)]
+    while (cause := error.__cause__) is not None:
+        error = cause
+        told.append(one_line(error))
+    return ": ".join(dict.fromkeys(text.rstrip(".") for text in told))
+
+
+def check_address(where: str) -> None:
+    """Raises ValueError for what is no address of a scheduler, such as a host without a port."""
+    scheme, place = parse_address(where)
+    get_backend(scheme)
+    if scheme != "inproc":
+        parse_host_port(place)
 
 
 def is_cluster_file(where: str) -> bool:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 
-from segcore.errors import ModelError, SegcoreError
-from segcore.execute import Workers
+from segcore.errors import ModelError, SegcoreError, StoppedError
+from segcore.execute import ATTEMPTS, Workers
 from segcore.lock import Guarding
 from segcore.scene import Deadlines, Outcome, Progress, segment_scene
 from segcore.spec import Job
@@ -28,9 +27,10 @@ class Crew:
     ) -> None:
         self._where, self._processes, self._guarding = where, processes, guarding
         self._deadlines = deadlines or Deadlines()
-        self._lock, self._draining = threading.Lock(), threading.Event()
+        self._lock, self._replacing, self._draining = threading.Lock(), threading.Lock(), threading.Event()
         self._workers = Workers(where, processes)
         self._others: list[Workers] = []
+        self._in_vain = 0
 
     @property
     def in_this_process(self) -> bool:
@@ -38,7 +38,10 @@ class Crew:
         return not self._workers.processes
 
     def label(self, job: Job, progress: Progress) -> Outcome:
-        """Label one scene. Raises SegcoreError; when all workers were lost, the next scene finds others."""
+        """Label one scene. Raises SegcoreError; when all workers were lost, the next scene finds others.
+
+        Raises StoppedError, for this scene and all others, when no others come.
+        """
         workers = self._present()
         try:
             return segment_scene(job, workers, progress, self._deadlines, self._guarding)
@@ -72,12 +75,27 @@ class Crew:
             return self._workers
 
     def _replace(self, lost: Workers) -> None:
-        with self._lock:
-            if self._workers is not lost or self._draining.is_set():
+        """May take minutes, in which `drain` must not wait for it.
+
+        Raises StoppedError where none came so often in a row: else every scene of an archive would fail in its turn.
+        """
+        with self._replacing:
+            if self._present() is not lost or self._draining.is_set():
                 return
             lost.close()
-            with contextlib.suppress(SegcoreError):  # the next scene will say so
-                self._workers = Workers(self._where, self._processes)
+            try:
+                others = Workers(self._where, self._processes)
+            except SegcoreError as error:
+                self._in_vain += 1
+                if self._in_vain < ATTEMPTS:  # the next scene tries again
+                    return
+                self.drain()
+                raise StoppedError(f"stopped, no workers are left: {error}") from error
+            self._in_vain = 0
+            with self._lock:
+                self._workers = others
+                if self._draining.is_set():
+                    others.drain()
 
     def __enter__(self) -> Crew:
         return self

@@ -29,7 +29,7 @@ from uuid import uuid4
 import psutil
 from distributed import Client, Future, KilledWorker, Scheduler
 
-from segcore.cluster import ClusterFile, is_cluster_file, local_cluster
+from segcore.cluster import ClusterFile, check_address, is_cluster_file, local_cluster
 from segcore.errors import ModelError, PlanError, PoisonError, SceneError, SegcoreError, StoppedError, one_line
 from segcore.plan import Index
 from segcore.spec import usable_cores
@@ -42,6 +42,8 @@ BATCH_SECONDS = 0.5
 ATTEMPTS = 3
 #: A tile is poison when it has killed its worker so often with nothing else under way.
 DEATHS = 2
+#: Seconds in which a scheduler must answer.
+_ANSWER = 15.0
 #: Seconds in which a worker that died should be back.
 _REVIVAL = 60.0
 #: Seconds after a death in which nothing is submitted: a worker that dies while it is started is not started again.
@@ -125,7 +127,9 @@ class Workers:
                 self._cluster = local_cluster(processes)
             elif is_cluster_file(where):
                 self._cluster = ClusterFile.read(where).start()
-            self.client = Client(self._cluster or address, timeout=15, set_as_default=False)
+            else:
+                check_address(where)  # a client that never was takes half a minute to go
+            self.client = Client(self._cluster or address, timeout=_ANSWER, set_as_default=False)
         except (OSError, ValueError, TimeoutError) as error:
             self.close()
             raise PlanError(

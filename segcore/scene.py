@@ -152,6 +152,7 @@ def _segment(
                 len(card.classes) if job.settings.scores else None,
             )
             with workers.desk:
+                workers.keep_on()  # it may have waited for long
                 source = source.stage(prospect.hidden / "staged")
                 check_range(source, card)
                 scaling = _kept(scratch.root / "scaling.json", Scaling, lambda: fit_scaling(card.scaling, source))

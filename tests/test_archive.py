@@ -24,6 +24,8 @@ from flows.batch import Limits, Summary
 from flows.console import Silent
 from segcore import ledger
 from segcore.errors import PlanError, PoisonError, SceneError, StoppedError
+from segcore.io import Problem
+from segcore.lock import locked
 from segcore.scene import Outcome
 from segcore.spec import Job, parse_seconds
 
@@ -157,6 +159,101 @@ def test_what_was_under_way_when_a_run_died_comes_last_and_alone(tmp_path: Path)
     assert sorted(resumed.names) == ["a", "b"]
 
 
+def test_limits_count_the_work_of_this_run_alone(tmp_path: Path) -> None:
+    """Neither what leads to no scene nor what was quarantined long ago took work."""
+    for i in range(12):
+        ledger.append(tmp_path / "events.jsonl", ledger.new_event(
+            ledger.SCENE_QUARANTINED, "earlier", {"scene": f"poison{i}", "uri": "p", "reason": "killed its worker"}
+        ))  # fmt: skip
+    names = [*(f"poison{i}" for i in range(12)), "a", "b", "c"]
+    fake = Fake()
+    jobs = [Job(name, name, "m", str(tmp_path)) for name in names]
+    problems = [Problem(f"gone{i}.tif", "there is no such file") for i in range(12)]
+    limits = Limits(max_scenes=2, max_failure_rate=0.1, scenes_at_once=1)
+    summary = Archive(jobs, fake, fake.drained.set, Silent(), limits, problems).run()
+    assert fake.names == ["a", "b"]
+    assert summary.counts == {"done": 2, "up to date": 0, "failed": 12, "quarantined": 12, "waiting": 1}
+
+
+def test_what_failed_before_is_not_in_the_way_of_the_rest(tmp_path: Path) -> None:
+    names = ["bad1", "bad2", "a", "b"]
+    assert run(tmp_path, names, Fake(), max_scenes=2, scenes_at_once=1).counts["failed"] == 2
+    run(tmp_path, names, again := Fake(), max_scenes=2, scenes_at_once=1)
+    assert again.names == ["a", "b"]
+
+
+def test_a_scene_that_hangs_is_given_up_and_may_end_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It hangs where no deadline of tiles reaches. That it ends at last, while the run drains, changes nothing."""
+    monkeypatch.setattr("flows.archive._GRACE", 0.5)
+    fake, hung, ended = Fake(), threading.Event(), threading.Event()
+
+    def label(job: Job, progress: Callable[[str, int, int], None]) -> Outcome:
+        if job.name == "hung":
+            hung.wait(60)
+            ended.set()
+        return fake(job, progress)
+
+    def drain() -> None:
+        hung.set()
+        ended.wait(60)
+        time.sleep(0.2)
+        fake.drained.set()
+
+    fake.seconds = 600.0
+    jobs = [Job(name, name, "m", str(tmp_path)) for name in ("hung", "a")]
+    limits = Limits(scene_seconds=0.2, stop_after=2.0, scenes_at_once=1)
+    summary = Archive(jobs, label, drain, Silent(), limits).run()
+    assert states(summary)["hung"] == "failed"
+    assert "hangs in a file" in summary.records[0].reason
+
+
+def test_a_run_that_is_to_stop_leaves_what_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flows.archive._GRACE", 0.2)
+    monkeypatch.setattr("flows.archive._DRAIN", 0.1)
+    fake = Fake(600.0)
+    jobs = [Job("hung", "hung", "m", str(tmp_path))]
+    summary = Archive(jobs, fake, lambda: None, Silent(), Limits(stop_after=0.2)).run()
+    fake.drained.set()
+    assert summary.exit_code == 75
+    assert "hung did not end in time" in summary.warnings[0]
+    assert ledger.Ledger(tmp_path / "events.jsonl").runs[summary.run_id].exit_code == 75
+
+
+def test_a_run_that_stops_leaves_to_the_next_what_may_pass(tmp_path: Path) -> None:
+    """A scene whose storage was away is not failed because the run ended before its next attempt."""
+    summary = run(tmp_path, ["away", "slow"], Fake(), stop_after=0.5)
+    assert summary.counts["waiting"] == 1
+    assert summary.exit_code == 75
+
+
+def test_a_scene_that_another_run_has_in_work_is_not_suspect(tmp_path: Path) -> None:
+    for name in ("held", "dead"):
+        event = ledger.new_event(ledger.SCENE_STARTED, "other", {"scene": name, "uri": name})
+        ledger.append(tmp_path / "events.jsonl", event)
+    alone = Fake()
+    with locked(tmp_path / ".segflow" / "held", 0):
+        run(tmp_path, ["held", "dead"], fake := Fake(), alone)
+    assert (fake.names, alone.names) == (["held"], ["dead"])
+
+
+def test_a_page_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "report.html").mkdir()
+    summary = run(tmp_path, ["good"], Fake())
+    assert summary.exit_code == 0
+    assert "report.html" in summary.warnings[0]
+
+
+def test_a_signal_before_the_first_scene_is_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> None:
+        raise SystemExit(130)
+
+    monkeypatch.setattr(Archive, "_arrange", stop)
+    with pytest.raises(SystemExit):
+        run(tmp_path, ["a"], Fake())
+    document = json.loads((tmp_path / "run.json").read_text())
+    assert (document["exit_code"], document["reason"]) == (130, "stopped by a signal")
+
+
 def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     blocked = run(tmp_path / "file", ["good"], Fake())
@@ -196,6 +293,9 @@ def test_the_command_runs_an_archive_and_only_what_is_new(tmp_path: Path, scenes
     dry = run_segflow("run", scenes, "-m", model, "-o", out, "--dry-run", "--json")
     assert json.loads(dry.stdout)["counts"] == {"new": 6, "refused": 1}
     assert not out.exists()
+    refused = run_segflow("run", scenes, "-m", model, "-o", out, "--dry-run", "--workers", 0, "--tile-timeout", "5s")
+    assert refused.returncode == 2
+    assert "use --workers 1" in refused.stderr
     first = run_segflow("run", scenes, "-m", model, "-o", out, "--max-scenes", 4, "--json")
     told = json.loads(first.stdout)
     assert first.returncode == 75, first.stderr

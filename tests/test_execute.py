@@ -14,16 +14,21 @@ from uuid import uuid4
 import numpy as np
 import psutil
 import pytest
+import rasterio
 from conftest import save_local_unet
+from rasterio.transform import from_origin
 
 from segcore.box import Box
-from segcore.errors import ModelError, PlanError, SceneError
+from segcore.cluster import ClusterFile
+from segcore.crew import Crew
+from segcore.errors import ModelError, PlanError, SceneError, StoppedError
 from segcore.execute import ATTEMPTS, Workers, label_tiles
 from segcore.io.memory import ArrayScene
 from segcore.io.scratch import Scratch
 from segcore.model.card import load_card
 from segcore.plan import make_plan
 from segcore.scaling import fit_scaling
+from segcore.spec import Job
 from segcore.worker import Recipe
 
 RNG = np.random.default_rng(2)
@@ -185,3 +190,52 @@ def test_a_lost_scheduler_is_said_and_tiles_are_kept(
         with pytest.raises(ModelError, match="lost the dask scheduler"):
             list(label_tiles(second, second.plan.indices(), remote))
     assert first.scratch.done()
+
+
+@pytest.mark.parametrize("address", ["somewhere", "tcp://somewhere", "http://somewhere:80"])
+def test_what_is_no_address_is_said_at_once(address: str) -> None:
+    with pytest.raises(PlanError, match=f"no dask scheduler answers at {address}"):
+        Workers(address)
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("", "it needs `kind`"),
+    ("kind: [a]\nworkers: 1", r"kind \['a'\] must be one of local"),
+    ("kind: local\nworkers: [", "is no YAML in line 2"),
+    ("kind: local\nworkers: two", "must be whole numbers"),
+    ("kind: local\nworkers: 1\noptions: {n_workers: 0}", "say it as `workers`"),
+    ("kind: local\nworkers: 1\nworker: 2", "unknown keys worker"),
+])  # fmt: skip
+def test_a_cluster_file_that_is_wrong_is_refused_in_a_line(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "cluster.yaml").write_text(text)
+    with pytest.raises(PlanError, match=rf"cluster\.yaml.*{said}"):
+        ClusterFile.read(str(tmp_path / "cluster.yaml"))
+
+
+def test_an_option_that_a_worker_does_not_know_is_named(tmp_path: Path) -> None:
+    (tmp_path / "cluster.yaml").write_text("kind: local\nworkers: 1\noptions: {nix: 3}")
+    with pytest.raises(PlanError, match="nix"):
+        ClusterFile.read(str(tmp_path / "cluster.yaml")).start()
+
+
+@pytest.mark.slow
+def test_a_run_whose_scheduler_is_gone_stops_before_every_scene_has_failed(
+    tmp_path: Path, cluster: tuple[str, list[subprocess.Popen[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, processes = cluster
+    monkeypatch.setattr("segcore.execute._ANSWER", 0.5)
+    model = str(save_local_unet(tmp_path / "unet", "yx"))
+    with rasterio.open(tmp_path / "a.tif", "w", driver="GTiff", count=1, height=60, width=50, dtype="float32",
+                       crs="EPSG:32616", transform=from_origin(452475, 3408645, 30, 30)) as file:  # fmt: skip
+        file.write(RNG.random((1, 60, 50)).astype(np.float32))
+    job = Job("a", str(tmp_path / "a.tif"), model, str(tmp_path / "out"))
+    with Crew(address) as crew:
+        processes[0].kill()
+        processes[0].wait()
+        for _ in range(ATTEMPTS - 1):
+            with pytest.raises(ModelError, match="lost the dask scheduler"):
+                crew.label(job, lambda *_: None)
+        with pytest.raises(StoppedError, match="no workers are left: no dask scheduler answers at"):
+            crew.label(job, lambda *_: None)
+        with pytest.raises(StoppedError):
+            crew.label(job, lambda *_: None)

@@ -117,24 +117,26 @@ def test_a_task_is_tried_again_only_where_that_may_help(
         from prefect import flow
         from prefect.utilities.annotations import quote
         from flows import segment as module
-        from segcore.errors import SceneError
+        from segcore.errors import InUseError, SceneError, StoppedError
         calls = []
         class Crew:
             def label(self, job, progress):
                 calls.append(job.uri)
-                raise SceneError("no", retryable=job.uri == "away")
+                raise {"held": InUseError, "stopped": StoppedError}.get(job.uri, SceneError)(
+                    "no", retryable=job.uri != "broken"
+                )
         task = module.label_scene.with_options(retry_delay_seconds=0)
         job = {"name": "n", "model": "m", "out": "o", "settings": {"bands": None}}
         @flow
         def both():
-            for uri in ("away", "broken"):
+            for uri in ("away", "broken", "held", "stopped"):
                 task(uri, {**job, "uri": uri}, quote(Crew()), None, return_state=True)
             return True
         both()
         print(json.dumps({"calls": calls}))
         """
     )
-    assert told["calls"] == ["away", "away", "away", "broken"]
+    assert told["calls"] == ["away", "away", "away", "broken", "held", "stopped"]
 
 
 def test_a_schedule_really_makes_a_run(tmp_path: Path, model: Path, prefect_home: Path) -> None:
