@@ -124,7 +124,7 @@ def run(
     )
     batch = find_jobs(scenes, model, out, settings, name_folders)
     if dry_run:
-        processes_for(len(batch), cluster, workers, limits)  # refuses what a run would refuse
+        limits.processes(int(len(batch) > 1), cluster, workers)  # refuses what a run would refuse
         raise typer.Exit(preview(batch, limits, as_json))
     as_flow = server_is_configured() if prefect is None else prefect
     with reporting(quiet=as_json) as reporter:
