@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from segcore.box import Box
-from segcore.errors import ModelError
+from segcore.errors import MemoryShortageError, ModelError
 from segcore.grid import mirrored
 from segcore.io.source import Floats, Labels, Source
 from segcore.model.card import Card
@@ -94,10 +94,21 @@ class _Device:
         asked = time.perf_counter()
         with self._segmenter.device:
             began = time.perf_counter()
-            out = self._segmenter(batch, wanted)
+            out = self._run(batch, wanted)
         self.waited += began - asked
         self.busy += time.perf_counter() - began
         return out
+
+    def _run(self, batch: Floats, wanted: Box | None) -> Floats:
+        """Run a batch; where memory is out, one half of it after the other, and so the next ones."""
+        try:
+            return self._segmenter(batch, wanted)
+        except MemoryShortageError:
+            if len(batch) == 1:
+                raise
+            half = len(batch) // 2
+            self.batch = min(self.batch, len(batch) - half)
+            return np.concatenate([self._run(batch[:half], wanted), self._run(batch[half:], wanted)])
 
 
 def _network_image(scaled: Floats, tile: Tile, plan: Plan, padding: str) -> Floats:
@@ -134,8 +145,9 @@ def _window_scores(
 ) -> Iterator[tuple[Box, Floats]]:
     """Every window with its scores after the activation, in order, inferred in batches; only a target's, if given."""
     windows, origin = tile.windows, tile.hull.start
-    for first in range(0, len(windows), device.batch):
-        group = windows[first : first + device.batch]
+    done = 0
+    while group := windows[done : done + device.batch]:
+        done += len(group)
         # A device may choose its arithmetic by the size of the batch: of several windows, all batches are full.
         size = 1 if len(windows) == 1 else device.batch
         batch = np.stack([image[(slice(None), *window.slices(origin))] for window in (group * size)[:size]])

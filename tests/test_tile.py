@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
-from conftest import card
+from conftest import card, save_local_unet
 from hypothesis import given
 from hypothesis import strategies as st
 
 from segcore.box import Box
-from segcore.errors import ModelError
+from segcore.errors import MemoryShortageError, ModelError
 from segcore.io.memory import ArrayScene
 from segcore.model.card import Card
 from segcore.model.segmenter import BoxFilter
@@ -182,3 +186,55 @@ def test_activations(activation: str) -> None:
     assert np.array_equal(result.labels, expected.argmax(axis=0))
     assert result.valid == 64
     assert Box.of((8, 8)).size == 64
+
+
+class Cramped(BoxFilter):
+    """A device that has room for two windows at a time, though it likes to get eight."""
+
+    batch = 8
+
+    def __init__(self) -> None:
+        super().__init__(reach=3)
+        self.sizes: list[int] = []
+
+    def __call__(self, batch: np.ndarray, wanted: Box | None = None) -> np.ndarray:
+        self.sizes.append(len(batch))
+        if len(batch) > 2:
+            raise MemoryShortageError("out of memory")
+        return super().__call__(batch, wanted)
+
+
+def test_a_batch_that_does_not_fit_in_memory_is_halved() -> None:
+    scene = ArrayScene(np.random.default_rng(0).random((1, 60, 60), np.float32), "yx")
+    blended = card(local=False, reach=None, window=[16, 16], overlap=[8, 8])
+    plan = make_plan(scene.grid, scene.grid.shape, blended.sight(), blended.cost(), 2**40)
+    tile = plan.tile((0, 0))
+    roomy = label_tile(tile, plan, blended, scene, Scaling(()), BoxFilter(reach=3))
+    device = Cramped()
+    cramped = label_tile(tile, plan, blended, scene, Scaling(()), device)
+    assert np.array_equal(roomy.labels, cramped.labels)
+    assert np.array_equal(roomy.scores, cramped.scores)
+    assert max(device.sizes[1:]) <= 4, "what did not fit once is not tried again and again"
+
+
+def test_engines_say_when_memory_is_out(tmp_path: Path) -> None:
+    """In a process that may take little more than it has."""
+    model = save_local_unet(tmp_path / "unet", "yx", width=32)
+    script = f"""
+import resource, sys
+import numpy as np
+from segcore.errors import MemoryShortageError
+from segcore.model.onnx import OnnxSegmenter
+from pathlib import Path
+network = OnnxSegmenter(Path({str(model / "unet.onnx")!r}), 1)
+image = np.zeros((1, 1, 2048, 2048), np.float32)
+held = int(Path("/proc/self/status").read_text().partition("VmSize:")[2].split()[0]) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (held + 300 * 2**20,) * 2)
+try:
+    network(image)
+except MemoryShortageError as error:
+    sys.exit(0)
+sys.exit("it did not say so")
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 0, ended.stderr

@@ -14,7 +14,7 @@ import onnxruntime
 from segcore.box import Box
 from segcore.errors import ModelError, one_line
 from segcore.model.probe import ROUNDING, Network, noise
-from segcore.model.segmenter import Floats, Segmenter
+from segcore.model.segmenter import Floats, Segmenter, failure
 from segcore.spec import times
 from segcore.staging import Staging, chunks, inside
 
@@ -68,7 +68,7 @@ class OnnxSegmenter:
         try:
             out = self._session.run([self._output], {self._input: batch})[0]
         except Exception as error:
-            raise ModelError(f"ONNX Runtime failed on a batch of shape {batch.shape}: {one_line(error)}") from error
+            raise failure("ONNX Runtime", f"a batch of shape {batch.shape}", one_line(error)) from error
         return np.asarray(out, dtype=np.float32)
 
 
@@ -208,7 +208,7 @@ def _run(session: onnxruntime.InferenceSession, given: Sequence[Floats]) -> Floa
         return np.asarray(session.run(None, inputs)[0], dtype=np.float32)
     except Exception as error:
         shapes = " and ".join(times(array.shape) for array in given)
-        raise ModelError(f"ONNX Runtime failed on a part of shape {shapes}: {one_line(error)}") from error
+        raise failure("ONNX Runtime", f"a part of shape {shapes}", one_line(error)) from error
 
 
 def _at(box: Box, origin: tuple[int, ...] | None = None) -> tuple[slice, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from typing import Protocol
 
@@ -9,8 +10,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from segcore.box import Box
+from segcore.errors import MemoryShortageError, ModelError
 
 Floats = NDArray[np.float32]
+
+
+#: What engines say when memory is out; they have no type of error for it.
+_OUT_OF_MEMORY = re.compile(
+    r"bad.?alloc|out of memory|(failed to|can't|cannot) allocate|allocation failed", re.IGNORECASE
+)
+
+
+def failure(engine: str, what: str, reason: str) -> ModelError:
+    """The error of an engine that failed; MemoryShortageError where memory was out."""
+    kind = MemoryShortageError if _OUT_OF_MEMORY.search(reason) else ModelError
+    return kind(f"{engine} failed on {what}: {reason}")
 
 
 class Segmenter(Protocol):

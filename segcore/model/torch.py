@@ -19,7 +19,7 @@ from segcore.errors import CardError, ModelError, one_line
 from segcore.model.archive import open_export, read_state
 from segcore.model.card import Artifact, NetworkClass
 from segcore.model.probe import Network, Trace, noise
-from segcore.model.segmenter import Floats, Segmenter
+from segcore.model.segmenter import Floats, Segmenter, failure
 
 
 def load_module(artifact: Artifact, path: Path) -> torch.nn.Module:
@@ -92,7 +92,7 @@ class TorchSegmenter:
                 torch.set_num_threads(self._threads)
                 out = self._module(torch.from_numpy(batch).to(self._device))
         except Exception as error:  # whatever the module's own code raises
-            raise ModelError(f"torch failed on a batch of shape {batch.shape}: {_cause(error)}") from error
+            raise failure("torch", f"a batch of shape {batch.shape}", _cause(error)) from error
         if not isinstance(out, torch.Tensor):
             raise ModelError(
                 f"the network returns {type(out).__name__}, and segflow wants one tensor, the scores: put it into a "
