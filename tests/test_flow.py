@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import rasterio
 from conftest import save_local_unet
@@ -216,7 +218,11 @@ def test_the_command_runs_the_flow_and_the_engine_alike(
 
 
 @pytest.fixture(autouse=True)
-def _no_server_left() -> Iterator[None]:
+def _no_server_left(prefect_home: Path) -> Iterator[None]:
     yield
-    left = subprocess.run(["pgrep", "-f", "prefect.server.api.server:create_app"], capture_output=True, check=False)
-    assert not left.stdout, "an embedded server was left running"
+    left = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if "prefect.server.api.server:create_app" in process.cmdline():
+                left.append(process.environ().get("PREFECT_HOME"))
+    assert str(prefect_home) not in left, "an embedded server was left running"
