@@ -50,6 +50,8 @@ _ENOUGH = 10
 #: Seconds that a scene may take beyond the deadline of its tiles before it is given up, and at least as long as that:
 #: for its statistics, its product and the scenes before it. Its thread then hangs in a file.
 _GRACE = 60.0
+#: Details of a scene that failed which the ledger keeps.
+_TOLD = {"attempts", "retryable", "problem"}
 #: Scenes that `run.json` names one by one; the ledger has all.
 _NAMED = 1000
 
@@ -123,7 +125,7 @@ class Archive:
             heart.start()
             waiting, suspects = self._arrange()
             for problem in self.problems:
-                self._settle(SceneRecord(problem.what, problem.what, "failed", 0.0, problem.reason, "SceneError"))
+                self._settle(_record_of(problem))
             self._go(waiting, suspects)
             summary = self._summary(ended=True)
             self._code = summary.exit_code
@@ -283,8 +285,8 @@ class Archive:
             event = ledger.SCENE_UP_TO_DATE
         else:
             event = ledger.SCENE_QUARANTINED if record.state == "quarantined" else ledger.SCENE_FAILED
-            fields |= {"error": record.error, "reason": record.reason, "attempts": record.details.get("attempts", 1)}
-            fields["retryable"] = record.details.get("retryable", False)
+            fields |= {"error": record.error, "reason": record.reason, "attempts": 1, "retryable": False}
+            fields |= {key: record.details[key] for key in _TOLD & record.details.keys()}
         self._event(event, **fields)
         self.reporter.ended(record)
 
@@ -424,6 +426,11 @@ def guards_of(run_id: str, scenes: int, leases: str | None) -> Guarding:
     `leases`: URL below which they are, None for locks alone. Raises ProductError, PlanError.
     """
     return guarding(run_id, LOCK_SECONDS if scenes == 1 else 0, Leases.at(leases, run_id) if leases else None)
+
+
+def _record_of(problem: Problem) -> SceneRecord:
+    details = {"problem": True}
+    return SceneRecord(problem.what, problem.what, "failed", 0.0, problem.reason, "SceneError", details=details)
 
 
 def _record(job: Job, found: Outcome | Exception, seconds: float, attempts: int) -> SceneRecord:

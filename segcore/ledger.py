@@ -266,6 +266,9 @@ class Ledger(Mapping[str, SceneEntry]):
         if kind == RUN_STARTED:
             total, model = whole(event.get("total")), str(event.get("model", ""))
             self.runs[run_id] = replace(run, started=str(event.get("time", "")), total=total, model=model)
+            # What led to no scene is looked for anew by every run: mended, it goes by the name of its scene.
+            for name in [name for name, entry in self._scenes.items() if entry.last.get("problem")]:
+                del self._scenes[name]
         elif kind == RUN_ENDED:
             code, time = event.get("exit_code"), str(event.get("time", ""))
             code = code if isinstance(code, int) else None

@@ -173,6 +173,11 @@ def test_limits_count_the_work_of_this_run_alone(tmp_path: Path) -> None:
     summary = Archive(jobs, fake, fake.drained.set, Silent(), limits, problems).run()
     assert fake.names == ["a", "b"]
     assert summary.counts == {"done": 2, "up to date": 0, "failed": 12, "quarantined": 12, "waiting": 1}
+    rows = list(csv.DictReader((tmp_path / "failures.csv").read_text().splitlines()))
+    assert sum(row["state"] == "failed" for row in rows) == 12
+    run(tmp_path, ["c"], Fake())  # the links were mended: they are no failures any more
+    rows = list(csv.DictReader((tmp_path / "failures.csv").read_text().splitlines()))
+    assert {row["state"] for row in rows} == {"quarantined"}
 
 
 def test_what_failed_before_is_not_in_the_way_of_the_rest(tmp_path: Path) -> None:
