@@ -22,11 +22,13 @@ from segcore.errors import PlanError
 from segcore.spec import Sides, times
 
 #: Sides of chunks to choose from (pixels of their level, halo included), by number of axes.
-CHUNKS = {2: (256, 384, 512, 768, 1024), 3: (48, 64, 80, 96, 128, 160)}
+CHUNKS = {2: (256, 384, 512), 3: (48, 64, 80, 96, 128)}
 #: Bytes of a value: float32.
 _VALUE = 4
 #: What ONNX Runtime holds beside the arrays of a network, and the heap beside what is in use (measured), as a factor.
 _WORKING = 1.15
+#: An arena grows in powers of two: what chunks hold of it, as a factor.
+_ARENA = 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +221,7 @@ class Stages:
             found = chunks(shape, Box.of(shape), level.down_halo, level.factor, staging.chunk)
             size = found[0].read.size
             kept.append(kept[-1] + _VALUE * level.pooled * prod(coarse(shape, level.factor)))
-            yield kept[-1] + level.down.bytes * size, level.down.work * size * len(found)
+            yield kept[-1] + _ARENA * level.down.bytes * size, level.down.work * size * len(found)
             shapes.append(coarse(shape, level.factor))
             boxes.append(inside(boxes[-1], shape, level))
         inner = self.inner[depth]
@@ -233,7 +235,7 @@ class Stages:
             found = chunks(shape, boxes[i], level.up_halo, level.factor, staging.chunk)
             size = found[0].read.size
             above = _VALUE * (self.levels[i - 1].risen if i else self.scores) * boxes[i].size
-            yield kept[i] + risen + above + level.up.bytes * size, level.up.work * size * len(found)
+            yield kept[i] + risen + above + _ARENA * level.up.bytes * size, level.up.work * size * len(found)
             risen = above
 
 

@@ -535,7 +535,7 @@ def test_a_scene_whose_lease_is_lost_is_not_committed(
     before = (tmp_path / "out" / "scene" / "scene.json").read_bytes()
     (tmp_path / "scene.tif").touch()  # a new product is due
     with pytest.raises(ProductError, match="was lost: it was taken by run other"):
-        segment_scene(job, workers, progress, guarding("run", 0, Leases(register, "run", 60, mine)))
+        segment_scene(job, workers, progress, guarding=guarding("run", 0, Leases(register, "run", 60, mine)))
     assert (tmp_path / "out" / "scene" / "scene.json").read_bytes() == before
     taken[0].check()
     taken[0].release()

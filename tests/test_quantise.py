@@ -192,7 +192,10 @@ def test_end_to_end(river: Path, windowed: Path, tmp_path: Path, cache: Path, wo
 
 
 @needs_openvino
-def test_kept_beside_the_model_and_known_by_its_digest(windowed: Path, tmp_path: Path) -> None:
+def test_kept_beside_the_model_and_known_by_its_digest(
+    windowed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SEGFLOW_CACHE")
     folder = tmp_path / "mine"
     shutil.copytree(windowed, folder)
     model, batch = load_card(str(folder)), np.random.default_rng(0).standard_normal((1, 3, 64, 64)).astype(np.float32)

@@ -118,20 +118,25 @@ class StagedSegmenter(OnnxSegmenter):
         level, shape = self.stages.levels[depth], image.shape[2:]
         below = inside(wanted, shape, level)
         risen = self._risen(self._pooled(image, depth, staging), depth + 1, below, staging)
-        for chunk in chunks(shape, wanted, level.up_halo, level.factor, staging.chunk):
+        pieces = chunks(shape, wanted, level.up_halo, level.factor, staging.chunk)
+        for chunk in pieces:
             shown = [image[_at(chunk.read)], risen[_at(chunk.read.coarse(level.factor), below.start)]]
             given = [array for array, taken in zip(shown, self._cut.takes[depth], strict=True) if taken]
             core = chunk.core & wanted
-            out[_at(core, wanted.start)] = _run(self._up[depth], given)[_at(core, chunk.read.start)]
+            out[_at(core, wanted.start)] = _run(self._up[depth], given, chunk is pieces[-1])[
+                _at(core, chunk.read.start)
+            ]
 
     def _pooled(self, image: Floats, depth: int, staging: Staging) -> Floats:
         """What goes down from a level."""
         level, shape = self.stages.levels[depth], image.shape[2:]
         whole = Box.of(shape)
         pooled = np.empty((1, level.pooled, *whole.coarse(level.factor).shape), np.float32)
-        for chunk in chunks(shape, whole, level.down_halo, level.factor, staging.chunk):
+        pieces = chunks(shape, whole, level.down_halo, level.factor, staging.chunk)
+        for chunk in pieces:
             core, read = chunk.core.coarse(level.factor), chunk.read.coarse(level.factor)
-            pooled[_at(core)] = _run(self._down[depth], [image[_at(chunk.read)]])[_at(core, read.start)]
+            found = _run(self._down[depth], [image[_at(chunk.read)]], chunk is pieces[-1])
+            pooled[_at(core)] = found[_at(core, read.start)]
         _release()
         return pooled
 
@@ -189,7 +194,9 @@ def _session(model: bytes, options: onnxruntime.SessionOptions) -> onnxruntime.I
 
 
 def _chunk_session(model: bytes, threads: int) -> onnxruntime.InferenceSession:
+    """A part that is run chunk after chunk: an arena spares it new pages for every chunk, and is given back after."""
     options = session_options(threads)
+    options.enable_cpu_mem_arena = True
     # Several parts take turns: the idle threads of one would spin in the way of the next.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return _session(model, options)
@@ -201,11 +208,14 @@ def _release() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _run(session: onnxruntime.InferenceSession, given: Sequence[Floats]) -> Floats:
-    """What a part with one output makes of its inputs. Raises ModelError."""
+def _run(session: onnxruntime.InferenceSession, given: Sequence[Floats], last: bool = False) -> Floats:
+    """What a part with one output makes of its inputs. After the `last` one its arena is given back. Raises ModelError."""
+    options = onnxruntime.RunOptions()
+    if last:
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
     inputs = {i.name: np.ascontiguousarray(array) for i, array in zip(session.get_inputs(), given, strict=True)}
     try:
-        return np.asarray(session.run(None, inputs)[0], dtype=np.float32)
+        return np.asarray(session.run(None, inputs, options)[0], dtype=np.float32)
     except Exception as error:
         shapes = " and ".join(times(array.shape) for array in given)
         raise failure("ONNX Runtime", f"a part of shape {shapes}", one_line(error)) from error
