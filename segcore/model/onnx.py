@@ -209,7 +209,7 @@ def _release() -> None:
 
 
 def _run(session: onnxruntime.InferenceSession, given: Sequence[Floats], last: bool = False) -> Floats:
-    """What a part with one output makes of its inputs. After the `last` one its arena is given back. Raises ModelError."""
+    """What a part with one output makes of its inputs; after the `last`, its arena is given back. Raises ModelError."""
     options = onnxruntime.RunOptions()
     if last:
         options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
