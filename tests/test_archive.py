@@ -269,7 +269,8 @@ def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
 def test_the_same_trouble_is_one_warning_however_often_it_comes(tmp_path: Path) -> None:
     (tmp_path / "run.json").mkdir()
     troubled = run(tmp_path, ["good"], Fake())
-    assert troubled.warnings == (f"cannot write {tmp_path / 'run.json'}: Is a directory",)
+    said = f"cannot write {tmp_path / 'run.json'}: Is a directory"
+    assert [warning for warning in troubled.warnings if warning.startswith("cannot write " + str(tmp_path))] == [said]
 
 
 def test_limits_and_times_are_checked() -> None:

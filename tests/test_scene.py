@@ -183,9 +183,9 @@ def test_volumes_of_every_spacing_keep_their_grid(tmp_path: Path, workers: Worke
         outcome = segment_scene(
             job(tmp_path / "scene.nii.gz", str(folder), tmp_path / f"out{tile}", tile=tile), workers
         )
-        masks.append(Path(outcome.product).with_name("scene_1_mask.nii.gz").read_bytes())
+        masks.append(Path(outcome.product).with_name("scene_mask.nii.gz").read_bytes())
     assert masks[0] == masks[1] == masks[2]
-    mask = nib.load(Path(outcome.product).with_name("scene_1_mask.nii.gz"))
+    mask = nib.load(Path(outcome.product).with_name("scene_mask.nii.gz"))
     assert mask.shape == values.shape
     assert np.array_equal(mask.affine, nib.load(tmp_path / "scene.nii.gz").affine)
     manifest = json.loads(Path(outcome.product).read_text())
