@@ -32,8 +32,9 @@ Index = tuple[int, ...]
 Tiling = Literal["exact", "measured", "blend"]
 """How tiles are joined: what `auto` and the settings come to."""
 
-#: Bytes of a worker process with its libraries before it holds any tile (measured: rasterio, torch, onnxruntime, dask).
-PROCESS_BYTES = 420 * 2**20
+#: Bytes of a worker process with its libraries before it holds any tile, GDAL's block cache among them, and what torch
+#: adds where the network is run in it (measured).
+PROCESS_BYTES, TORCH_BYTES = 280 * 2**20, 140 * 2**20
 #: Pixels of a core beyond which a larger one saves little and a lost one costs much.
 LARGEST_CORE = 2**22
 #: Larger cores are taken where they save work: so much of it for each doubling.
@@ -381,7 +382,8 @@ def _with_memory(plan: Plan, cost: Cost, stages: Stages | None, staging: Staging
         wanted = target.shift([-start for start in window.start])
         engine = stages.memory(window.shape, wanted, staging)
         relative = stages.work(window.shape, wanted, staging) / (stages.inner[0].work * window.size)
-    memory = PROCESS_BYTES + in_flight * (array + scores + 500 * count) + engine
+    process = PROCESS_BYTES + (TORCH_BYTES if cost.torch else 0)
+    memory = process + in_flight * (array + scores + 500 * count) + engine
     return replace(plan, memory=memory, staging=staging, staged_work=relative)
 
 

@@ -134,11 +134,15 @@ def symmetric(reach: Iterable[int]) -> Sides:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What one pixel costs the planner. Bytes are those that a window holds while it is inferred, per input pixel."""
+    """What one pixel costs the planner. Bytes are those that a window holds while it is inferred, per input pixel.
+
+    `torch`: whether the network is run in torch.
+    """
 
     channels: int
     classes: int
     engine_bytes_per_pixel: float
+    torch: bool = False
 
 
 @dataclass(frozen=True, slots=True)

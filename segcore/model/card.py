@@ -210,7 +210,8 @@ class Card(_Strict):
 
     def cost(self) -> Cost:
         """What a pixel costs the planner."""
-        return Cost(len(self.channels), len(self.classes), self.bytes_per_pixel)
+        torch = self.artifacts[0].format != "onnx"
+        return Cost(len(self.channels), len(self.classes), self.bytes_per_pixel, torch)
 
 
 class Model:

@@ -1,0 +1,113 @@
+"""Stages from end to end: the same mask whatever the budget, and a peak of memory that the plan has foretold."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import rasterio
+from conftest import save_local_unet, segflow_command
+from rasterio.transform import from_origin
+
+from segcore.io import open_scene
+from segcore.model import load_segmenter, open_network
+from segcore.model.card import load_card
+from segcore.model.memory import bytes_per_pixel
+from segcore.model.probe import probe
+from segcore.plan import make_plan
+from segcore.scaling import fit_scaling
+from segcore.spec import Settings
+from segcore.survey import wanted_by
+from segcore.tile import Labeller
+
+pytestmark = pytest.mark.slow
+SIDE = 1400
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A U-Net wide enough that it matters how it is run; its card says what memory it takes."""
+    folder = save_local_unet(tmp_path_factory.mktemp("models") / "wide", "yx", width=32, poolings=3, convolutions=2)
+    found = probe(open_network(load_card(str(folder)), 2), 1, 2)
+    card = json.loads((folder / "card.json").read_text()) | {"bytes_per_pixel": 1.0}
+    (folder / "card.json").write_text(json.dumps(card))
+    card["bytes_per_pixel"] = bytes_per_pixel(str(folder), 1, found)
+    (folder / "card.json").write_text(json.dumps(card))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A raster that is no multiple of the stride, with a hole of nodata."""
+    path = tmp_path_factory.mktemp("scenes") / "scene.tif"
+    values = np.random.default_rng(0).random((1, SIDE + 3, SIDE - 5)).astype(np.float32)
+    values[0, 300:420, 500:900] = np.nan
+    with rasterio.open(path, "w", driver="GTiff", count=1, height=SIDE + 3, width=SIDE - 5, dtype="float32",
+                       nodata=float("nan"), tiled=True, crs="EPSG:32616",
+                       transform=from_origin(452475, 3408645, 30, 30)) as file:  # fmt: skip
+        file.write(values)
+    return path
+
+
+def run(scene: Path, model: Path, out: Path, memory: str) -> tuple[bytes, dict[str, Any], float]:
+    """The mask, the manifest's properties, and the peak memory of the process (bytes)."""
+    command = [
+        segflow_command(),
+        "run",
+        str(scene),
+        "-m",
+        str(model),
+        "-o",
+        str(out),
+        "--memory",
+        memory,
+        "--no-prefect",
+    ]
+    peak = 0
+    with subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None:
+            try:
+                status = Path(f"/proc/{process.pid}/status").read_text()
+                peak = max(peak, int(status.partition("VmHWM:")[2].split()[0]) * 1024)
+            except (OSError, IndexError):
+                pass
+            time.sleep(0.01)
+        assert process.stderr is not None
+        assert process.returncode == 0, process.stderr.read()
+    manifest = json.loads((out / "scene" / "scene.json").read_text())
+    return (out / "scene" / "scene_mask.tif").read_bytes(), manifest["properties"], peak
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+def test_a_budget_changes_memory_and_no_pixel(tmp_path: Path, scene: Path, model: Path) -> None:
+    masks, stages = [], []
+    for memory in ("650MiB", "1GiB", "4GiB"):
+        mask, made, peak = run(scene, model, tmp_path / memory, memory)
+        masks.append(mask)
+        stages.append(made["segflow:plan"].get("stages"))
+        predicted = made["segflow:plan"]["predicted_memory_bytes"]
+        assert 0.75 * predicted < peak < 1.25 * predicted, (memory, predicted, peak)
+    assert stages[0] is not None, "a small budget is kept by stages"
+    assert masks[0] == masks[1] == masks[2]
+    assert np.array_equal(
+        rasterio.open(tmp_path / "4GiB" / "scene" / "scene_mask.tif").read(1), in_one_pass(scene, model)
+    )
+
+
+def in_one_pass(scene: Path, model: Path) -> np.ndarray:
+    """Labels of the whole scene in one tile, its network run in one pass."""
+    loaded = load_card(str(model))
+    source = open_scene(str(scene), wanted_by(loaded.card), Settings())
+    plan = make_plan(
+        source.grid, source.grid.shape, loaded.card.sight(), loaded.card.cost(), 2**50, core=source.grid.shape
+    )
+    assert len(plan) == 1
+    assert plan.staging is None
+    scaling = fit_scaling(loaded.card.scaling, source)
+    return Labeller(plan, loaded.card, source, scaling, load_segmenter(loaded, 2))(plan.tile((0, 0))).labels
