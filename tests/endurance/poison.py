@@ -28,7 +28,7 @@ KINDS = {
     "kill": "quarantined",
     "hang": "quarantined",
     "vanish": "failed",
-    "pixel": "done",
+    "pixel": "failed",
 }
 _EVERY, _FIRST, _SIDE = 20, 13, 128
 
