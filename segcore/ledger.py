@@ -1,12 +1,15 @@
 """The ledger of an output folder: what every run did with every scene, one JSON object a line, only ever appended to.
 
-A line is written with one call, so that runs side by side do not mix theirs on a local file system, and a kill leaves
-at most one torn line, which is passed over. Products do not depend on it: whether a scene is done its manifest says.
+A line is written with one call, under a lock of the file, so that runs side by side do not mix theirs on a local file
+system, and a kill leaves at most one torn line, which is passed over. Products do not depend on it: whether a scene is
+done its manifest says.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import fcntl
 import io
 import json
 import os
@@ -86,11 +89,15 @@ def append(path: Path, event: Mapping[str, Any], *, sync: bool = False) -> None:
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
+            with contextlib.suppress(OSError):  # where there are no locks, a line in work may look torn: one blank line
+                fcntl.flock(descriptor, fcntl.LOCK_EX)  # the size of a file grows page by page while a line is written
             size = os.fstat(descriptor).st_size
             if size and os.pread(descriptor, 1, size - 1) != b"\n":  # a killed run left half a line
                 line = b"\n" + line
             if os.write(descriptor, line) != len(line):
                 raise OSError(28, "no space left on the device")
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
             if sync:
                 os.fsync(descriptor)
         finally:
