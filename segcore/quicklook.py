@@ -57,7 +57,7 @@ def draw_quicklook(path: Path, view: View, legend: Legend, fractions: Mapping[in
     facts = PngInfo()
     facts.add_text(_THUMBNAIL, base64.b64encode(_thumbnail(rows[0][-1])).decode())
     try:
-        picture.save(path, optimize=True, pnginfo=facts)
+        picture.save(path, pnginfo=facts)  # to optimize it would take longer than all the rest of a small scene
     except OSError as error:
         raise ProductError(f"cannot write {path}: {error.strerror or error}", retryable=True) from error
     return path
@@ -177,11 +177,16 @@ def _overlay(base: Pixels, labels: Labels, colours: Pixels, legend: Legend) -> P
 
 
 def _fit(pixels: Pixels, spacing: Sequence[float]) -> Image.Image:
-    """A panel of at most PANEL pixels a side, with the proportions that the scene has in the world."""
+    """A panel of at most PANEL pixels a side, with the proportions that the scene has in the world.
+
+    A small scene shows its pixels, as squares of one size: nothing is made up between them, and the file is small.
+    """
     height, width = (n * s for n, s in zip(pixels.shape[:2], spacing, strict=True))
-    factor = PANEL / max(height, width)
+    factor, how = PANEL / max(height, width), Image.Resampling.BILINEAR
+    if factor * min(spacing) >= 2:
+        factor, how = int(factor * min(spacing)) / min(spacing), Image.Resampling.NEAREST
     size = (max(1, round(width * factor)), max(1, round(height * factor)))
-    return Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR)
+    return Image.fromarray(pixels).resize(size, how)
 
 
 def _compose(rows: list[list[Image.Image]], view: View, legend: Legend, fractions: Mapping[int, float]) -> Image.Image:
