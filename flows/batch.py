@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 from segcore.errors import CardError, PlanError, ProductError
 from segcore.io import Problem, find_scenes, product_names
 from segcore.ledger import RUN_FILES
+from segcore.machine import check_memory
 from segcore.model.card import built_in_models, load_card
 from segcore.scene import Deadlines
 from segcore.spec import Job, Settings
@@ -164,13 +165,23 @@ class Batch:
         return len(self.jobs) + len(self.problems)
 
 
-def find_jobs(arguments: Sequence[str], model: str, out: str, settings: Settings, folders: int = 0) -> Batch:
+def find_jobs(
+    arguments: Sequence[str],
+    model: str,
+    out: str,
+    settings: Settings,
+    folders: int = 0,
+    cluster: str | None = None,
+) -> Batch:
     """The jobs of a run, or a refusal before anything is done.
 
-    `folders`: how many names of folders are put in front of a product's name. Raises SegcoreError where an argument
+    `folders`: how many names of folders are put in front of a product's name; `cluster`: whose workers label them, None
+    for this machine's. Raises SegcoreError where an argument
     leads nowhere or to no scene at all, the model is not what its card says, two scenes would write the same product,
-    or `out` cannot be written.
+    `out` cannot be written, or this machine has not so much memory.
     """
+    if cluster is None:
+        check_memory(settings.memory)
     loaded = load_card(model)
     loaded.weights()
     items = Path(out) / HIDDEN / ".items"  # no product has a name with a dot in front

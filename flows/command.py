@@ -122,7 +122,7 @@ def run(
     settings = settings_of(
         memory, tile, mode, overlap, weights, tolerance, precision, agreement, scores, bands, scale, offset
     )
-    batch = find_jobs(scenes, model, out, settings, name_folders)
+    batch = find_jobs(scenes, model, out, settings, name_folders, cluster)
     if dry_run:
         limits.processes(int(len(batch) > 1), cluster, workers)  # refuses what a run would refuse
         raise typer.Exit(preview(batch, limits, as_json))

@@ -62,6 +62,7 @@ def plan(
     """Show how a scene would be tiled, in what memory, on what disk and in what time, without labelling it."""
     from segcore.calibrate import calibrate
     from segcore.io import find_scenes, product_name
+    from segcore.machine import check_memory
     from segcore.survey import survey
 
     uris = find_scenes([scene]).strict()
@@ -70,6 +71,7 @@ def plan(
     settings = settings_of(
         memory, tile, mode, overlap, weights, tolerance, precision, agreement, scores, bands, scale, offset
     )
+    check_memory(settings.memory)
     prospect = survey(Job(product_name(uris[0]), uris[0], model, out, settings))
     speed = calibrate(prospect) if calibrated else prospect.speed
     facts = _facts(prospect, speed, workers or 0, calibrated)

@@ -143,7 +143,7 @@ def segment(
             scenes_at_once,
         )
         _claim()
-        batch = find_jobs(scenes, model, out, settings, name_folders)
+        batch = find_jobs(scenes, model, out, settings, name_folders, cluster)
         summary = _label(batch, cluster, limits.processes(0, cluster, workers), limits, leases)
     except SegcoreError as error:
         return Failed(message=str(error))

@@ -13,7 +13,6 @@ import contextlib
 import logging
 import os
 import pickle
-import re
 import signal
 import threading
 import time
@@ -21,12 +20,10 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError
 from itertools import islice
-from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 from uuid import uuid4
 
-import psutil
 from distributed import Client, Future, KilledWorker, Scheduler
 
 from segcore.cluster import ClusterFile, check_address, is_cluster_file, local_cluster
@@ -442,19 +439,6 @@ def run_once(recipe: Recipe, workers: Workers, work: Callable[[Labeller], T]) ->
     """
     with _Pass(recipe, workers, None, None) as one:
         return one.work(work)
-
-
-def free_memory() -> int:
-    """Bytes that this machine could give without swapping; in a container, no more than its limit leaves."""
-    free = int(psutil.virtual_memory().available)
-    with contextlib.suppress(OSError, ValueError):
-        group = Path("/sys/fs/cgroup")
-        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        if limit != "max":
-            # Pages of files count as used, and are given back when they are wanted.
-            files = re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE)
-            free = min(free, max(0, int(limit) - int(used) + (int(files[1]) if files else 0)))
-    return free
 
 
 def _refuse_hopeless(what: str, attempts: int, error: BaseException) -> None:

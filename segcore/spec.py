@@ -58,11 +58,11 @@ def format_seconds(seconds: float) -> str:
 
 def format_bytes(count: float) -> str:
     """`9.7 GiB` and the like."""
-    for unit in ("B", "KiB", "MiB"):
+    for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
-    return f"{count:.1f} GiB"
+    return f"{count:.1f} TiB"
 
 
 def times(shape: Iterable[object]) -> str:

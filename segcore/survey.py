@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from segcore.errors import PlanError, SceneError
-from segcore.execute import free_memory
 from segcore.grid import Grid
 from segcore.io import open_scene
 from segcore.io.source import Source, Wanted
+from segcore.machine import free_memory
 from segcore.model import check_int8, stages_of
 from segcore.model.card import Card, Model, load_card
 from segcore.model.quantise import find_quantised

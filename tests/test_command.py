@@ -119,6 +119,7 @@ def test_a_truncated_volume(tmp_path: Path, head: Path, run_segflow: Run) -> Non
         (["-m", CLOUDS, "--memory", "lots"], "such as 4GiB"),
         (["-m", CLOUDS, "--memory=-3"], "such as 4GiB"),
         (["-m", CLOUDS, "--memory", "1MiB"], "budget; use --memory"),
+        (["-m", CLOUDS, "--memory", "900TiB"], "is more than the"),
         (["-m", CLOUDS, "--tile", "0"], "--tile 0"),
         (["-m", CLOUDS, "--mode", "exact"], "use --mode blend"),
         (["-m", CLOUDS, "--overlap", "256"], "must be 0 to 255 pixels"),

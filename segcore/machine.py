@@ -1,0 +1,38 @@
+"""The memory of this machine, or of the container that it is for us."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from pathlib import Path
+
+import psutil
+
+from segcore.errors import PlanError
+from segcore.spec import format_bytes
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def check_memory(budget: int | None) -> None:
+    """Raises PlanError where this machine, or its container, has less memory than a budget grants."""
+    has = int(psutil.virtual_memory().total)
+    with contextlib.suppress(OSError, ValueError):  # no limit is not a number
+        has = min(has, int((_CGROUP / "memory.max").read_text()))
+    if budget is not None and budget > has:
+        raise PlanError(
+            f"--memory {format_bytes(budget)} is more than the {format_bytes(has)} that this machine has; give less, "
+            f"or leave it out for half of what is free"
+        )
+
+
+def free_memory() -> int:
+    """Bytes that this machine could give without swapping; in a container, no more than its limit leaves."""
+    free = int(psutil.virtual_memory().available)
+    with contextlib.suppress(OSError, ValueError):
+        limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        if limit != "max":
+            # Pages of files count as used, and are given back when they are wanted.
+            files = re.search(r"^inactive_file (\d+)$", (_CGROUP / "memory.stat").read_text(), re.MULTILINE)
+            free = min(free, max(0, int(limit) - int(used) + (int(files[1]) if files else 0)))
+    return free
