@@ -24,6 +24,8 @@ from flows.options import (
     Agreement,
     Bands,
     Cluster,
+    EngineName,
+    EngineOption,
     LeasesUrl,
     MaxFailureRate,
     MaxScenes,
@@ -82,6 +84,7 @@ def run(
     weights: WeightsOption = None,
     tolerance: Tolerance = None,
     precision: PrecisionOption = PrecisionName.fp32,
+    engine: EngineOption = EngineName.auto,
     agreement: Agreement = 0.995,
     scores: Scores = False,
     bands: Bands = None,
@@ -120,7 +123,7 @@ def run(
         scenes_at_once,
     )
     settings = settings_of(
-        memory, tile, mode, overlap, weights, tolerance, precision, agreement, scores, bands, scale, offset
+        memory, tile, mode, overlap, weights, tolerance, precision, engine, agreement, scores, bands, scale, offset
     )
     batch = find_jobs(scenes, model, out, settings, name_folders, cluster)
     if dry_run:

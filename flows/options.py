@@ -26,6 +26,14 @@ class PrecisionName(StrEnum):
     int8 = "int8"
 
 
+class EngineName(StrEnum):
+    """`--engine`."""
+
+    auto = "auto"
+    onnxruntime = "onnxruntime"
+    openvino = "openvino"
+
+
 class WeightsName(StrEnum):
     """`--weights`."""
 
@@ -53,6 +61,9 @@ Tolerance = Annotated[
 PrecisionOption = Annotated[
     PrecisionName,
     typer.Option("--precision", help="Numbers that the network computes in; int8: once it has proved itself."),
+]
+EngineOption = Annotated[
+    EngineName, typer.Option("--engine", help="What runs an ONNX network in fp32; auto: the quicker one.")
 ]
 Agreement = Annotated[
     float, typer.Option(help="Share of labels that must be those of fp32, or --precision is refused.")
@@ -92,6 +103,7 @@ def settings_of(
     weights: WeightsName | None,
     tolerance: float | None,
     precision: PrecisionName,
+    engine: EngineName,
     agreement: float,
     scores: bool,
     bands: str | None,
@@ -108,6 +120,7 @@ def settings_of(
         weights=weights.value if weights else None,
         tolerance=tolerance,
         precision=precision.value,
+        engine=engine.value,
         agreement=agreement,
         scores=scores,
         bands=names,

@@ -14,6 +14,8 @@ from flows.models import AsJson
 from flows.options import (
     Agreement,
     Bands,
+    EngineName,
+    EngineOption,
     Memory,
     ModelName,
     ModeName,
@@ -48,6 +50,7 @@ def plan(
     weights: WeightsOption = None,
     tolerance: Tolerance = None,
     precision: PrecisionOption = PrecisionName.fp32,
+    engine: EngineOption = EngineName.auto,
     agreement: Agreement = 0.995,
     bands: Bands = None,
     scale: Scale = None,
@@ -69,7 +72,7 @@ def plan(
     if len(uris) > 1:
         raise PlanError(f"{scene} names {len(uris)} scenes; plan one at a time, such as {uris[0]}")
     settings = settings_of(
-        memory, tile, mode, overlap, weights, tolerance, precision, agreement, scores, bands, scale, offset
+        memory, tile, mode, overlap, weights, tolerance, precision, engine, agreement, scores, bands, scale, offset
     )
     check_memory(settings.memory)
     prospect = survey(Job(product_name(uris[0]), uris[0], model, out, settings))

@@ -90,6 +90,9 @@ def segment(
     precision: Annotated[
         Literal["fp32", "bf16", "int8"], Field(description="Numbers that the network computes in")
     ] = "fp32",
+    engine: Annotated[
+        Literal["auto", "onnxruntime", "openvino"], Field(description="What runs an ONNX network in fp32")
+    ] = "auto",
     agreement: Annotated[float, Field(gt=0, le=1, description="Share of labels that must be those of fp32")] = 0.995,
     scores: Annotated[bool, Field(description="Write the score of every class, too")] = False,
     bands: Annotated[list[str] | None, Field(description="Names of the bands of a raster, in file order")] = None,
@@ -127,6 +130,7 @@ def segment(
             weights=weights,
             tolerance=tolerance,
             precision=precision,
+            engine=engine,
             agreement=agreement,
             scores=scores,
             bands=tuple(bands) if bands else None,

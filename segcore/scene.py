@@ -156,7 +156,7 @@ def _segment(
                 source = source.stage(prospect.hidden / "staged")
                 check_range(source, card)
                 scaling = _kept(scratch.root / "scaling.json", Scaling, lambda: fit_scaling(card.scaling, source))
-            recipe = Recipe(plan, prospect.model, source, scaling, scratch)
+            recipe = Recipe(plan, prospect.model, source, scaling, scratch, engine=job.settings.engine)
             recipe, proof = _quantise(recipe, workers, prospect)
             halo = _measure_halo(recipe, workers, job.settings.tolerance)
             if halo is not None:
@@ -253,7 +253,7 @@ def check_seams(product: Path) -> SeamReport:
     network = find_quantised(prospect.model) if prospect.calibration else None
     if prospect.calibration and network is None:
         raise ProductError(f"{product}: the network in int8 that made it is no longer kept; run the scene again")
-    segmenter = load_segmenter(prospect.model, usable_cores(), quantised=network)
+    segmenter = load_segmenter(prospect.model, usable_cores(), quantised=network, engine=settings.engine)
     with tempfile.TemporaryDirectory() as folder:
         source = prospect.source.stage(Path(folder))
         labeller = Labeller(plan, prospect.model.card, source, scaling, segmenter)

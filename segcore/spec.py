@@ -18,6 +18,8 @@ Weights = Literal["cosine", "gaussian", "constant"]
 """How windows are blended."""
 Precision = Literal["fp32", "bf16", "int8"]
 """In which numbers the network computes."""
+Engine = Literal["auto", "onnxruntime", "openvino"]
+"""What runs an ONNX file in float32."""
 Sides = tuple[tuple[int, int], ...]
 """Pixels before and after, one pair per axis."""
 
@@ -152,9 +154,9 @@ class Settings:
     `memory`: bytes, None for half of what is free; `tile`: side of a core in pixels, None to let the plan choose;
     `overlap`, `weights`: pixels that windows share in blend mode and how they are blended, None for the card's;
     `tolerance`: how far scores may be from those of the whole image, so that a shorter halo will do (None: not at
-    all); `precision`: in which numbers the network computes; `agreement`: share of labels that must then be those of
-    fp32; `bands`: names of the bands of a raster that does not name them, in file order; `scale`, `offset`: of a
-    raster that carries none, stored x scale + offset.
+    all); `precision`: in which numbers the network computes; `engine`: what runs it in float32; `agreement`: share of
+    labels that must be those of fp32 in other numbers; `bands`: names of the bands of a raster that does not name them,
+    in file order; `scale`, `offset`: of a raster that carries none, stored x scale + offset.
     """
 
     memory: int | None = None
@@ -164,6 +166,7 @@ class Settings:
     weights: Weights | None = None
     tolerance: float | None = None
     precision: Precision = "fp32"
+    engine: Engine = "auto"
     agreement: float = 0.995
     scores: bool = False
     bands: tuple[str, ...] | None = None
@@ -187,6 +190,8 @@ class Settings:
             raise PlanError("--tolerance shortens the halo of tiles that do not blend; leave it or --mode blend out")
         if self.precision not in ("fp32", "bf16", "int8"):
             raise PlanError(f"--precision {self.precision!r} must be fp32, bf16 or int8")
+        if self.engine not in ("auto", "onnxruntime", "openvino"):
+            raise PlanError(f"--engine {self.engine!r} must be auto, onnxruntime or openvino")
         if not 0 < self.agreement <= 1:
             raise PlanError(f"--agreement {self.agreement} must be a share of the labels, more than 0 and at most 1")
         if self.scale is not None and (self.scale == 0 or not isfinite(self.scale)):
@@ -203,11 +208,12 @@ class Settings:
         """The settings that a product depends on, as JSON values: part of its fingerprint.
 
         With a tolerance the tiles are among them: then, and only then, a pixel may depend on where they end. The limit
-        of agreement never is: it decides whether there is a product, not what it is. Products of fp32 are known by
+        of agreement never is: it decides whether there is a product, not what it is. Nor is the engine: it differs by
+        rounding alone, as its versions do, and as processors. Products of fp32 are known by
         what they were before there were other precisions.
         """
         kept = asdict(self)
-        del kept["memory"], kept["agreement"]
+        del kept["memory"], kept["agreement"], kept["engine"]
         if self.precision == "fp32":
             del kept["precision"]
         if self.tolerance is None:

@@ -20,7 +20,7 @@ from segcore.grid import Grid
 from segcore.io import open_scene
 from segcore.io.source import Source, Wanted
 from segcore.machine import free_memory
-from segcore.model import check_int8, stages_of
+from segcore.model import check_engine, check_int8, stages_of
 from segcore.model.card import Card, Model, load_card
 from segcore.model.quantise import find_quantised
 from segcore.plan import Plan, make_plan
@@ -64,7 +64,7 @@ class Prospect:
     @property
     def speed_key(self) -> str:
         """Under what name the speed of this model on this machine is remembered."""
-        return f"{self.model.digest} {self.job.settings.precision}"
+        return f"{self.model.digest} {self.job.settings.precision} {self.job.settings.engine}"
 
     @property
     def speed(self) -> Speed | None:
@@ -107,6 +107,7 @@ def survey(job: Job, core: tuple[int, ...] | None = None) -> Prospect:
     `core`: shape of a tile's core, None for what settings, an interrupted run or the plan say.
     """
     model = load_card(job.model)
+    check_engine(model, job.settings.engine)
     source = open_scene(job.uri, wanted_by(model.card), job.settings, job.name)
     calibration = _calibration(job, model, source)
     fingerprint = _fingerprint(job, model, source, calibration)

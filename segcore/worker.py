@@ -26,6 +26,7 @@ from segcore.model.quantise import Quantised
 from segcore.model.segmenter import Segmenter
 from segcore.plan import TILES_IN_FLIGHT, Index, Plan
 from segcore.scaling import Scaling
+from segcore.spec import Engine
 from segcore.staging import Staging
 from segcore.tile import Labeller
 
@@ -38,7 +39,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """All that a worker has to know to label tiles of one scene; `quantised`: the network in int8 that is run."""
+    """All that a worker has to know to label tiles of one scene.
+
+    `quantised`: the network in int8 that is run; `engine`: what else runs it.
+    """
 
     plan: Plan
     model: Model
@@ -46,6 +50,7 @@ class Recipe:
     scaling: Scaling
     scratch: Scratch
     quantised: Quantised | None = None
+    engine: Engine = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,10 +126,10 @@ class Bench(WorkerPlugin):  # type: ignore[misc]
 
     def segmenter(self, recipe: Recipe) -> Segmenter:
         """The network of a recipe, loaded on first use."""
-        model, staging, quantised = recipe.model, recipe.plan.staging, recipe.quantised
-        key = f"{model.digest} {quantised.sha256 if quantised else staging}"
+        staging, quantised, engine = recipe.plan.staging, recipe.quantised, recipe.engine
+        key = f"{recipe.model.digest} {quantised.sha256 if quantised else (staging, engine)}"
         with self._lock:
-            once = _Once(lambda: _load(model, self._threads, staging, quantised))
+            once = _Once(lambda: _load(recipe.model, self._threads, staging, quantised, engine))
             shelved = _recent(self._segmenters, key, lambda: once, keep=2)
         return shelved.value()
 
@@ -180,8 +185,10 @@ class Bench(WorkerPlugin):  # type: ignore[misc]
             return self._active[key]
 
 
-def _load(model: Model, threads: int, staging: Staging | None, quantised: Quantised | None) -> Segmenter:
-    segmenter = load_segmenter(model, threads, staging, quantised)
+def _load(
+    model: Model, threads: int, staging: Staging | None, quantised: Quantised | None, engine: Engine
+) -> Segmenter:
+    segmenter = load_segmenter(model, threads, staging, quantised, engine)
     _LOG.info("%s %s runs in %s", model.card.name, model.card.version, segmenter.engine)
     return segmenter
 

@@ -23,9 +23,7 @@ from segcore.precision import Proof
 from segcore.scene import check_seams, segment_scene, survey
 from segcore.spec import Job, Settings
 
-needs_openvino = pytest.mark.skipif(
-    not (find_spec("openvino") and find_spec("nncf")), reason="needs the extra `openvino`"
-)
+needs_openvino = pytest.mark.skipif(not (find_spec("openvino") and find_spec("nncf")), reason="needs the extra `int8`")
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +102,7 @@ def test_engine_that_is_not_installed(
     river: Path, windowed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engines, "find_spec", lambda name: None)
-    with pytest.raises(ModelError, match=r"pip install 'segflow\[openvino\]'"):
+    with pytest.raises(ModelError, match=r"pip install 'segflow\[int8\]'"):
         survey(job(river, windowed, tmp_path))
 
 

@@ -26,8 +26,10 @@ from segcore.box import Box
 from segcore.errors import ModelError, PlanError
 from segcore.model import load_segmenter
 from segcore.model.card import load_card
-from segcore.model.onnx import OnnxSegmenter, StagedSegmenter
+from segcore.model.onnx import OnnxPart, OnnxSegmenter
+from segcore.model.openvino import OpenVinoPart, OpenVinoSegmenter
 from segcore.model.probe import noise
+from segcore.model.staged import StagedSegmenter
 from segcore.model.stages import find_stages
 from segcore.model.unet import UNet
 from segcore.staging import Level, Part, Stages, Staging, chunks, spans
@@ -89,17 +91,23 @@ NETWORKS = {
 }
 
 
+ENGINES = {"onnxruntime": (OnnxSegmenter, OnnxPart), "openvino": (OpenVinoSegmenter, OpenVinoPart)}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_stages_say_what_one_pass_says(name: str, tmp_path: Path) -> None:
+def test_stages_say_what_one_pass_says(name: str, engine: str, tmp_path: Path) -> None:
     make, dims, most = NETWORKS[name]
     path = export(as_if_trained(make()), tmp_path / "net.onnx", 2, dims)
-    whole = OnnxSegmenter(path, 2)
+    load, load_part = ENGINES[engine]
+    whole = load(path, 2)
     window = (160, 224) if dims == 2 else (48, 80, 64)
     image = noise((1, 2, *window))
     expected = whole(image)
     assert expected.std(axis=(0, *range(2, 2 + dims))).min() > 1e-3, "nothing comes through"
     for levels in range(1, most + 1):
-        staged = StagedSegmenter(path, 2, 2, Staging(levels, (44 if dims == 2 else 28,) * dims))
+        chunk = (44 if dims == 2 else 28,) * dims
+        staged = StagedSegmenter(path, whole, load_part, 2, 2, Staging(levels, chunk))
         assert len(staged.stages.levels) == most
         assert same(staged(image), expected, bits=name == "blocks")
         for wanted in (
@@ -151,7 +159,7 @@ def test_what_cannot_be_cut_has_no_stages(make: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("side", ["down_halo", "up_halo"])
 def test_a_halo_that_is_short_is_found_out(side: str, tmp_path: Path) -> None:
     path = export(as_if_trained(plain(2, widths=[7, 9])), tmp_path / "net.onnx", 2)
-    staged = StagedSegmenter(path, 2, 2, Staging(1, (40, 40)))
+    staged = StagedSegmenter(path, OnnxSegmenter(path, 2), OnnxPart, 2, 2, Staging(1, (40, 40)))
     (level,) = staged.stages.levels
     assert getattr(level, side) == (({"down_halo": 2, "up_halo": 4}[side],) * 2,) * 2
     short = replace(level, **{side: tuple((before - 2, after) for before, after in getattr(level, side))})

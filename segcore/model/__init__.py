@@ -3,28 +3,42 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+
+import numpy as np
 
 from segcore.errors import ModelError
 from segcore.files import sha256_of
 from segcore.model.card import Card, Model
-from segcore.model.probe import Network, largest_error, rounding_of
+from segcore.model.probe import Network, largest_error, noise, rounding_of
 from segcore.model.quantise import Quantised
-from segcore.model.segmenter import Segmenter
-from segcore.spec import usable_cores
+from segcore.model.segmenter import Part, Segmenter
+from segcore.spec import Engine, usable_cores
 from segcore.staging import Stages, Staging
+
+#: Up to what the scores of two engines are the same, relative to the largest of them.
+_SAME = 1e-4
+#: Sides of the windows on which they are compared; networks with many levels want larger ones.
+_SIDES = (64, 128, 256)
+_LOG = logging.getLogger(__name__)
 
 
 def load_segmenter(
-    model: Model, threads: int, staging: Staging | None = None, quantised: Quantised | None = None
+    model: Model,
+    threads: int,
+    staging: Staging | None = None,
+    quantised: Quantised | None = None,
+    engine: Engine = "auto",
 ) -> Segmenter:
     """The network of a model, run with `threads` CPU threads; its large windows in stages where that is asked for, and
     in int8 where it was `quantised`.
 
-    Its weights are checked, and so is its card's word that it is local. Raises CardError, ModelError, and PlanError for
-    a staging that the network does not have.
+    `engine`: what runs an ONNX file in float32; `auto` takes OpenVINO for a local network on a CPU, where it is
+    installed and says what ONNX Runtime says. Its weights are checked, and so is its card's word that it is local.
+    Raises CardError, ModelError, and PlanError for a staging that the network does not have.
     """
     artifact, path = model.weights()
     segmenter: Segmenter
@@ -32,12 +46,7 @@ def load_segmenter(
         if quantised is not None:
             segmenter = _load_int8(quantised, threads)
         elif artifact.format == "onnx":
-            from segcore.model.onnx import OnnxSegmenter, StagedSegmenter
-
-            if staging is None or staging.levels == 0:
-                segmenter = OnnxSegmenter(path, threads)
-            else:
-                segmenter = StagedSegmenter(path, threads, len(model.card.channels), staging)
+            segmenter = _load_onnx(model.card, path, threads, staging, engine)
         elif staging is not None and staging.levels:
             raise ModelError(f"model {model.card.name} is {artifact.format}; only ONNX is run in stages")
         else:
@@ -48,12 +57,72 @@ def load_segmenter(
     return segmenter
 
 
+def _load_onnx(card: Card, path: Path, threads: int, staging: Staging | None, engine: Engine) -> Segmenter:
+    """An ONNX file in the engine that is asked for, or in the quicker one."""
+    from segcore.model.onnx import OnnxPart, OnnxSegmenter
+
+    segmenter: Segmenter = OnnxSegmenter(path, threads)
+    load: Callable[[bytes, int, bool], Part] = OnnxPart
+    if engine == "auto":
+        engine = "openvino" if card.local and "CPU" in segmenter.engine and find_spec("openvino") else "onnxruntime"
+        wished = False
+    else:
+        wished = True
+    if engine == "openvino":
+        from segcore.model.openvino import OpenVinoPart, OpenVinoSegmenter
+
+        try:
+            quicker = OpenVinoSegmenter(path, threads)
+            if (error := _difference(segmenter, quicker, card)) > _SAME:
+                raise ModelError(f"its scores are {error:.2g} of their size from those of ONNX Runtime")
+        except ModelError as fault:
+            if wished:
+                raise ModelError(f"model {card.name} does not run in OpenVINO: {fault}; leave --engine out") from fault
+            _LOG.info("%s does not run in OpenVINO: %s", card.name, fault)
+        else:
+            segmenter, load = quicker, OpenVinoPart
+    if staging is None or staging.levels == 0:
+        return segmenter
+    from segcore.model.staged import StagedSegmenter
+
+    return StagedSegmenter(path, segmenter, load, threads, len(card.channels), staging)
+
+
+def _difference(one: Segmenter, other: Segmenter, card: Card) -> float:
+    """How far the scores of two engines are from each other on noise, relative to the largest. Raises ModelError."""
+    sight = card.sight()
+    shapes = [sight.window] if sight.fixed and sight.window else []
+    shapes += [tuple(-(-side // s) * s for s in sight.stride) for side in _SIDES] if not shapes else []
+    for shape in shapes:
+        image = noise((1, len(card.channels), *shape))
+        try:
+            scores = one(image)
+        except ModelError as error:  # it may want a larger one
+            fault = error
+            continue
+        return float(np.abs(scores - other(image)).max()) / max(float(np.abs(scores).max()), 1e-6)
+    raise fault
+
+
 def stages_of(path: Path, channels: int) -> Stages | None:
     """How the network in an ONNX file can be run in stages, None where it cannot be. Raises ModelError."""
     from segcore.model.stages import find_stages  # onnx, which labelling tiles may do without
 
     cut = find_stages(path, channels, usable_cores())
     return cut.stages if cut else None
+
+
+def check_engine(model: Model, engine: Engine) -> None:
+    """Raises ModelError where a model does not run in the engine that is asked for."""
+    if engine == "auto":
+        return
+    artifact = model.card.artifacts[0]
+    if artifact.format != "onnx":
+        raise ModelError(
+            f"model {model.card.name} is {artifact.format}, which {engine} does not run; leave --engine out"
+        )
+    if find_spec(engine) is None:
+        raise ModelError(f"--engine {engine} is not installed; run `pip install {engine}`, on every worker too")
 
 
 def check_int8(model: Model) -> None:
@@ -67,7 +136,7 @@ def check_int8(model: Model) -> None:
     if find_spec("openvino") is None or find_spec("nncf") is None:
         raise ModelError(
             "--precision int8 needs OpenVINO, which runs the network, and NNCF, which makes it, and they are not "
-            "installed; run `pip install 'segflow[openvino]'`, on every worker too, or leave --precision int8 out"
+            "installed; run `pip install 'segflow[int8]'`, on every worker too, or leave --precision int8 out"
         )
 
 
@@ -75,7 +144,7 @@ def _load_int8(quantised: Quantised, threads: int) -> Segmenter:
     if find_spec("openvino") is None:
         raise ModelError(
             "a worker is to run a network in int8, and OpenVINO is not installed there; run `pip install "
-            "'segflow[openvino]'` on every worker, or leave --precision int8 out"
+            "'segflow[int8]'` on every worker, or leave --precision int8 out"
         )
     from segcore.model.openvino import OpenVinoSegmenter
 

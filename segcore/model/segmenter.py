@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -46,6 +47,17 @@ class Segmenter(Protocol):
 
         `wanted`: the box that is needed of each window, counted from its corner; None for all of it. Scores outside may
         be anything.
+        """
+        ...
+
+
+class Part(Protocol):
+    """A part of a network with one output, run again and again."""
+
+    def __call__(self, given: Sequence[Floats], last: bool = False) -> Floats:
+        """What it makes of its inputs, (1, C, *spatial) each. Raises ModelError.
+
+        After the `last` of a pass it holds no more memory than before the first.
         """
         ...
 

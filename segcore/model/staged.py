@@ -1,0 +1,151 @@
+"""Large windows of a local network, run in stages on a CPU, by whatever engine runs its parts (`segcore.staging`)."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from segcore.box import Box
+from segcore.errors import ModelError
+from segcore.model.probe import ROUNDING, noise
+from segcore.model.segmenter import Floats, Part, Segmenter
+from segcore.model.stages import find_stages
+from segcore.spec import times
+from segcore.staging import Staging, chunks, inside
+
+#: What sides of a small window must be multiples of, for most networks and for those that halve it six times or seven.
+_CELLS = (32, 64, 128)
+
+LoadPart = Callable[[bytes, int, bool], Part]
+"""Makes a part of an ONNX file, the threads that it may use, and whether it is run chunk after chunk."""
+
+
+class StagedSegmenter:
+    """An ONNX file, windows of which that are larger than a chunk are run in stages.
+
+    Windows that fit in one chunk, and those whose sides do not fit the levels, are run in one pass, by `plain`. When
+    made, each level is run on noise in both ways. Raises ModelError where these differ, where the network has no such
+    stages, and where a part does not load. A window in chunks that are too small raises PlanError.
+    """
+
+    def __init__(
+        self, path: Path, plain: Segmenter, load: LoadPart, threads: int, channels: int, staging: Staging
+    ) -> None:
+        self._plain, self._load = plain, load
+        self.device, self.engine, self.batch = plain.device, plain.engine, plain.batch
+        cut = find_stages(path, channels, threads)
+        if cut is None or len(cut.stages.levels) < staging.levels:
+            found = len(cut.stages.levels) if cut else 0
+            raise ModelError(
+                f"{path} is to be run with {staging.levels} levels in chunks, and has {found} that can be; run it in "
+                f"one pass"
+            )
+        self.stages, self._staging, self._cut, self._threads = cut.stages, staging, cut, threads
+        self._down = [load(part, threads, True) for part in cut.down[: staging.levels]]
+        self._up = [load(part, threads, True) for part in cut.up[: staging.levels]]
+        self._inner: tuple[int, Part] | None = None
+        for depth in range(staging.levels):
+            self._prove(path, depth)
+
+    def __call__(self, batch: Floats, wanted: Box | None = None) -> Floats:
+        window = batch.shape[2:]
+        depth = self.stages.depth(window, self._staging)
+        if depth == 0:
+            return self._plain(batch)
+        box = Box.of(window) if wanted is None else wanted
+        # What is not wanted is not touched, and so takes no memory.
+        scores = np.empty((len(batch), self.stages.scores, *window), np.float32)
+        for image, out in zip(batch, scores, strict=True):
+            self._rise(
+                out[(None, slice(None), *box.slices())], image[None], 0, box, Staging(depth, self._staging.chunk)
+            )
+        return scores
+
+    def _rise(self, out: Floats, image: Floats, depth: int, wanted: Box, staging: Staging) -> None:
+        """Write what rises to a level in a wanted box of its grid. `image`: what has gone down to it."""
+        level, shape = self.stages.levels[depth], image.shape[2:]
+        below = inside(wanted, shape, level)
+        risen = self._risen(self._pooled(image, depth, staging), depth + 1, below, staging)
+        pieces = chunks(shape, wanted, level.up_halo, level.factor, staging.chunk)
+        for chunk in pieces:
+            shown = [image[_at(chunk.read)], risen[_at(chunk.read.coarse(level.factor), below.start)]]
+            given = [array for array, taken in zip(shown, self._cut.takes[depth], strict=True) if taken]
+            core = chunk.core & wanted
+            found = self._up[depth](given, chunk is pieces[-1])
+            out[_at(core, wanted.start)] = found[_at(core, chunk.read.start)]
+
+    def _pooled(self, image: Floats, depth: int, staging: Staging) -> Floats:
+        """What goes down from a level."""
+        level, shape = self.stages.levels[depth], image.shape[2:]
+        whole = Box.of(shape)
+        pooled = np.empty((1, level.pooled, *whole.coarse(level.factor).shape), np.float32)
+        pieces = chunks(shape, whole, level.down_halo, level.factor, staging.chunk)
+        for chunk in pieces:
+            core, read = chunk.core.coarse(level.factor), chunk.read.coarse(level.factor)
+            found = self._down[depth]([image[_at(chunk.read)]], chunk is pieces[-1])
+            pooled[_at(core)] = found[_at(core, read.start)]
+        _release()
+        return pooled
+
+    def _risen(self, pooled: Floats, depth: int, wanted: Box, staging: Staging) -> Floats:
+        """What rises from a level, in a wanted box of its grid."""
+        if depth == staging.levels:
+            whole = self._inside(depth)([pooled], True)
+            _release()
+            return whole[_at(wanted)]
+        risen = np.empty((1, self.stages.levels[depth - 1].risen, *wanted.shape), np.float32)
+        self._rise(risen, pooled, depth, wanted, staging)
+        return risen
+
+    def _inside(self, depth: int) -> Part:
+        """The part inside of so many levels. One is kept: windows are mostly of one size, and weights are large."""
+        if self._inner is None or self._inner[0] != depth:
+            self._inner = None
+            self._inner = depth, self._load(self._cut.inner[depth], self._threads, False)
+        return self._inner[1]
+
+    def _prove(self, path: Path, depth: int) -> None:
+        """Compare what a level and all inside of it give in small chunks, and in one pass."""
+        level = self.stages.levels[depth]
+        channels = self.stages.levels[depth - 1].pooled if depth else self.stages.channels
+        for cell in _CELLS:
+            # Two chunks along each axis, and more along the first, so that some do not touch the border there.
+            sides = [-(-(n + 2 * f) // cell) * cell for n, f in zip(level.least, level.factor, strict=True)]
+            chunk = tuple(
+                max(n + f, side * 3 // 4 // f * f) for n, f, side in zip(level.least, level.factor, sides, strict=True)
+            )
+            image = noise((1, channels, 2 * sides[0], *sides[1:]))
+            try:
+                plain = self._inside(depth)([image])
+            except ModelError as error:
+                reason = error
+                continue
+            staged = np.empty_like(plain)
+            self._rise(staged, image, depth, Box.of(image.shape[2:]), Staging(depth + 1, chunk))
+            error_size = float(np.abs(plain - staged).max()) / max(float(np.abs(plain).max()), 1e-6)
+            if error_size <= ROUNDING["CPU"]:
+                return
+            raise ModelError(
+                f"{path} gives other scores in chunks than in one pass, by {error_size:.2g} of their size in "
+                f"{times(image.shape[2:])} pixels of level {depth}; run it in one pass"
+            )
+        raise ModelError(f"{path} cannot be tried in chunks: {reason}")
+
+
+def _release() -> None:
+    """Give memory that was freed back to the system: the next stage frees and takes arrays of other sizes."""
+    with contextlib.suppress(AttributeError, OSError):  # a C library other than glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _at(box: Box, origin: tuple[int, ...] | None = None) -> tuple[slice, ...]:
+    """Index of a box in an array (N, C, *spatial) whose first pixel lies at `origin`."""
+    return (slice(None), slice(None), *box.slices(origin))
+
+
+def _conforms(segmenter: StagedSegmenter) -> Segmenter:
+    return segmenter
