@@ -32,15 +32,16 @@ Index = tuple[int, ...]
 Tiling = Literal["exact", "measured", "blend"]
 """How tiles are joined: what `auto` and the settings come to."""
 
-#: Bytes of a worker process with its libraries before it holds any tile, GDAL's block cache among them, and what torch
-#: adds where the network is run in it (measured).
-PROCESS_BYTES, TORCH_BYTES = 280 * 2**20, 140 * 2**20
+#: Bytes of a worker process with its libraries before it holds any tile, GDAL's block cache among them, and what is
+#: added by what the network is run in (measured).
+PROCESS_BYTES, RUNNER_BYTES = 280 * 2**20, {"onnxruntime": 0, "openvino": 100 * 2**20, "torch": 140 * 2**20}
 #: Pixels of a core beyond which a larger one saves little and a lost one costs much.
 LARGEST_CORE = 2**22
 #: Larger cores are taken where they save work: so much of it for each doubling.
 _STAKE = 0.06
-#: Time of a multiply-add in stages, relative to one in a pass over a large window: smaller arrays stay in cache.
-_STAGED_PACE = 0.85
+#: Time of a multiply-add in stages, relative to one in a pass over a large window (measured): ONNX Runtime gains by
+#: smaller arrays, which stay in cache; OpenVINO keeps its arrays from window to window, and pays for new ones.
+_STAGED_PACE = {"onnxruntime": 0.75, "openvino": 1.25, "torch": 1.0}
 #: Pixels of a core where a halo was measured: always the same, since there a pixel may depend on where tiles end.
 MEASURED_CORE = 2**20
 #: Pixels of the network's grid for one of the scene's, beyond which something must be wrong.
@@ -238,6 +239,13 @@ def make_plan(
         )
     whole_only = chosen == "exact" and not sight.local
 
+    def pace(plan: Plan) -> float:
+        return _STAGED_PACE[cost.runner] if plan.staging else 1.0
+
+    def effort(plan: Plan) -> float:
+        """Time of a plan, relative to others with the same cores."""
+        return plan.staged_work * pace(plan)
+
     def plan_of(core: tuple[int, ...], thorough: bool = True) -> Plan:
         """With the way to run its windows that takes the least work in this memory, or else the least memory."""
         plain = _with_memory(Plan(grid, canvas, sight, chosen, core, 0), cost, None)
@@ -250,7 +258,7 @@ def make_plan(
             return plain  # what the tile holds beside the network is too much already
         ways = [plain, *(_with_memory(plain, cost, stages, staging) for staging in _stagings(plain, stages))]
         fitting = [way for way in ways if way.memory <= memory]
-        return min(fitting, key=_effort) if fitting else min(ways, key=lambda way: way.memory)
+        return min(fitting, key=effort) if fitting else min(ways, key=lambda way: way.memory)
 
     if whole_only:
         if core is not None and any(n > c for n, c in zip(grid.shape, core, strict=True)):
@@ -277,13 +285,17 @@ def make_plan(
                 f"the {format_bytes(memory)} budget; use --memory {_round_up(plan.memory)} or a smaller --tile"
             )
         return plan
+
+    def price(plan: Plan) -> float:
+        return plan.work * pace(plan) * _stake(plan)
+
     best: Plan | None = None
     for side in _sides(grid, canvas, sight, chosen):
         plan = plan_of(tuple(min(n, s) for n, s in zip(grid.shape, side, strict=True)), thorough=False)
         if plan.memory <= memory:
             if chosen == "blend" or prod(plan.core) <= LARGEST_CORE:
-                return min((plan, best), key=_price) if best else plan
-            best = min((plan, best), key=_price) if best else plan
+                return min((plan, best), key=price) if best else plan
+            best = min((plan, best), key=price) if best else plan
     if best is not None:
         return best
     plan = plan_of(plan.core)
@@ -293,15 +305,9 @@ def make_plan(
     )
 
 
-def _effort(plan: Plan) -> float:
-    """Time of a plan, relative to others with the same cores."""
-    return plan.staged_work * (_STAGED_PACE if plan.staging else 1.0)
-
-
-def _price(plan: Plan) -> float:
-    """What a plan costs: its time, and what large cores put at stake when a run is killed."""
-    doublings = max(0.0, log2(prod(plan.core) / LARGEST_CORE))
-    return plan.work * (_STAGED_PACE if plan.staging else 1.0) * (1 + _STAKE * doublings)
+def _stake(plan: Plan) -> float:
+    """What large cores put at stake when a run is killed, as a factor of its time."""
+    return 1 + _STAKE * max(0.0, log2(prod(plan.core) / LARGEST_CORE))
 
 
 def _choose_mode(sight: Sight, mode: Mode, measured: bool) -> Tiling:
@@ -380,9 +386,9 @@ def _with_memory(plan: Plan, cost: Cost, stages: Stages | None, staging: Staging
     engine, relative = int(cost.engine_bytes_per_pixel * window.size), 1.0
     if stages is not None and staging is not None:
         wanted = target.shift([-start for start in window.start])
-        engine = stages.memory(window.shape, wanted, staging)
+        engine = stages.memory(window.shape, wanted, staging, cost.runner)
         relative = stages.work(window.shape, wanted, staging) / (stages.inner[0].work * window.size)
-    process = PROCESS_BYTES + (TORCH_BYTES if cost.torch else 0)
+    process = PROCESS_BYTES + RUNNER_BYTES[cost.runner]
     memory = process + in_flight * (array + scores + 500 * count) + engine
     return replace(plan, memory=memory, staging=staging, staged_work=relative)
 

@@ -19,7 +19,9 @@ Weights = Literal["cosine", "gaussian", "constant"]
 Precision = Literal["fp32", "bf16", "int8"]
 """In which numbers the network computes."""
 Engine = Literal["auto", "onnxruntime", "openvino"]
-"""What runs an ONNX file in float32."""
+"""What is to run an ONNX file in float32."""
+Runner = Literal["onnxruntime", "openvino", "torch"]
+"""What runs a network."""
 Sides = tuple[tuple[int, int], ...]
 """Pixels before and after, one pair per axis."""
 
@@ -138,13 +140,13 @@ def symmetric(reach: Iterable[int]) -> Sides:
 class Cost:
     """What one pixel costs the planner. Bytes are those that a window holds while it is inferred, per input pixel.
 
-    `torch`: whether the network is run in torch.
+    `runner`: what the network is run in.
     """
 
     channels: int
     classes: int
     engine_bytes_per_pixel: float
-    torch: bool = False
+    runner: Runner = "onnxruntime"
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,14 +19,14 @@ from math import prod
 
 from segcore.box import Box
 from segcore.errors import PlanError
-from segcore.spec import Sides, times
+from segcore.spec import Runner, Sides, times
 
 #: Sides of chunks to choose from (pixels of their level, halo included), by number of axes.
 CHUNKS = {2: (256, 384, 512), 3: (48, 64, 80, 96, 128)}
 #: Bytes of a value: float32.
 _VALUE = 4
-#: What ONNX Runtime holds beside the arrays of a network, and the heap beside what is in use (measured), as a factor.
-_WORKING = 1.15
+#: What an engine holds beside the arrays of a network, and the heap beside what is in use (measured), as a factor.
+_WORKING = {"onnxruntime": 1.15, "openvino": 1.5, "torch": 1.15}
 #: An arena grows in powers of two: what chunks hold of it, as a factor.
 _ARENA = 1.5
 
@@ -182,13 +182,13 @@ class Stages:
             shape = coarse(shape, level.factor)
         return staging.levels
 
-    def memory(self, window: tuple[int, ...], wanted: Box, staging: Staging) -> int:
+    def memory(self, window: tuple[int, ...], wanted: Box, staging: Staging, runner: Runner = "onnxruntime") -> int:
         """Bytes that the engine holds at its peak beside the window itself, for one window of which a box is wanted."""
         depth = self.depth(window, staging)
         if depth == 0:
-            return int(_WORKING * (self.inner[0].bytes - _VALUE * self.channels) * prod(window))
+            return int(_WORKING[runner] * (self.inner[0].bytes - _VALUE * self.channels) * prod(window))
         # Pages of the scores that are outside of what is wanted are never touched.
-        return int(_WORKING * max(held for held, _ in self._steps(window, wanted, staging, depth)))
+        return int(_WORKING[runner] * max(held for held, _ in self._steps(window, wanted, staging, depth)))
 
     def work(self, window: tuple[int, ...], wanted: Box, staging: Staging) -> float:
         """Multiply-adds of one window of which a box is wanted."""

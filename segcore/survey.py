@@ -20,7 +20,7 @@ from segcore.grid import Grid
 from segcore.io import open_scene
 from segcore.io.source import Source, Wanted
 from segcore.machine import free_memory
-from segcore.model import check_engine, check_int8, stages_of
+from segcore.model import check_int8, runner_of, stages_of
 from segcore.model.card import Card, Model, load_card
 from segcore.model.quantise import find_quantised
 from segcore.plan import Plan, make_plan
@@ -107,7 +107,7 @@ def survey(job: Job, core: tuple[int, ...] | None = None) -> Prospect:
     `core`: shape of a tile's core, None for what settings, an interrupted run or the plan say.
     """
     model = load_card(job.model)
-    check_engine(model, job.settings.engine)
+    runner = runner_of(model, job.settings.engine)
     source = open_scene(job.uri, wanted_by(model.card), job.settings, job.name)
     calibration = _calibration(job, model, source)
     fingerprint = _fingerprint(job, model, source, calibration)
@@ -120,7 +120,7 @@ def survey(job: Job, core: tuple[int, ...] | None = None) -> Prospect:
 
     def plan_with(core: tuple[int, ...] | None) -> Plan:
         measured = job.settings.tolerance is not None
-        cost, mode = model.card.cost(), job.settings.mode
+        cost, mode = model.card.cost(runner), job.settings.mode
         stages = _stages_of(model, canvas) if calibration is None else None
         return make_plan(
             source.grid, canvas, sight, cost, memory, core=core, mode=mode, measured=measured, stages=stages

@@ -16,7 +16,7 @@ from segcore.model.card import Card, Model
 from segcore.model.probe import Network, largest_error, noise, rounding_of
 from segcore.model.quantise import Quantised
 from segcore.model.segmenter import Part, Segmenter
-from segcore.spec import Engine, usable_cores
+from segcore.spec import Engine, Runner, usable_cores
 from segcore.staging import Stages, Staging
 
 #: Up to what the scores of two engines are the same, relative to the largest of them.
@@ -46,7 +46,7 @@ def load_segmenter(
         if quantised is not None:
             segmenter = _load_int8(quantised, threads)
         elif artifact.format == "onnx":
-            segmenter = _load_onnx(model.card, path, threads, staging, engine)
+            segmenter = _load_onnx(model, path, threads, staging, engine)
         elif staging is not None and staging.levels:
             raise ModelError(f"model {model.card.name} is {artifact.format}; only ONNX is run in stages")
         else:
@@ -57,30 +57,42 @@ def load_segmenter(
     return segmenter
 
 
-def _load_onnx(card: Card, path: Path, threads: int, staging: Staging | None, engine: Engine) -> Segmenter:
+def runner_of(model: Model, engine: Engine) -> Runner:
+    """What a model is run in where this is asked for, on a CPU: by itself a local one in OpenVINO, if that is there.
+
+    Raises ModelError where it is not run in that, or that is not installed.
+    """
+    card = model.card
+    if engine == "auto":
+        if card.artifacts[0].format != "onnx":
+            return "torch"
+        return "openvino" if card.local and find_spec("openvino") else "onnxruntime"
+    if card.artifacts[0].format != "onnx":
+        raise ModelError(f"model {card.name} is {card.artifacts[0].format}: torch runs that; leave --engine out")
+    if find_spec(engine) is None:
+        raise ModelError(f"--engine {engine} is not installed; run `pip install {engine}`, on every worker too")
+    return engine
+
+
+def _load_onnx(model: Model, path: Path, threads: int, staging: Staging | None, engine: Engine) -> Segmenter:
     """An ONNX file in the engine that is asked for, or in the quicker one."""
     from segcore.model.onnx import OnnxPart, OnnxSegmenter
 
+    card = model.card
     segmenter: Segmenter = OnnxSegmenter(path, threads)
     load: Callable[[bytes, int, bool], Part] = OnnxPart
-    if engine == "auto":
-        engine = "openvino" if card.local and "CPU" in segmenter.engine and find_spec("openvino") else "onnxruntime"
-        wished = False
-    else:
-        wished = True
-    if engine == "openvino":
+    if runner_of(model, engine) == "openvino" and (engine == "openvino" or "CPU" in segmenter.engine):
         from segcore.model.openvino import OpenVinoPart, OpenVinoSegmenter
 
         try:
             quicker = OpenVinoSegmenter(path, threads)
             if (error := _difference(segmenter, quicker, card)) > _SAME:
                 raise ModelError(f"its scores are {error:.2g} of their size from those of ONNX Runtime")
+            segmenter, load = quicker, OpenVinoPart
         except ModelError as fault:
-            if wished:
+            if engine == "openvino":
                 raise ModelError(f"model {card.name} does not run in OpenVINO: {fault}; leave --engine out") from fault
             _LOG.info("%s does not run in OpenVINO: %s", card.name, fault)
-        else:
-            segmenter, load = quicker, OpenVinoPart
     if staging is None or staging.levels == 0:
         return segmenter
     from segcore.model.staged import StagedSegmenter
@@ -110,19 +122,6 @@ def stages_of(path: Path, channels: int) -> Stages | None:
 
     cut = find_stages(path, channels, usable_cores())
     return cut.stages if cut else None
-
-
-def check_engine(model: Model, engine: Engine) -> None:
-    """Raises ModelError where a model does not run in the engine that is asked for."""
-    if engine == "auto":
-        return
-    artifact = model.card.artifacts[0]
-    if artifact.format != "onnx":
-        raise ModelError(
-            f"model {model.card.name} is {artifact.format}, which {engine} does not run; leave --engine out"
-        )
-    if find_spec(engine) is None:
-        raise ModelError(f"--engine {engine} is not installed; run `pip install {engine}`, on every worker too")
 
 
 def check_int8(model: Model) -> None:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, f
 
 from segcore.errors import CardError, ModelError, PlanError, one_line
 from segcore.files import sha256_of
-from segcore.spec import Cost, Sides, Sight, Weights
+from segcore.spec import Cost, Runner, Sides, Sight, Weights
 
 _BUILT_IN = Path(__file__).parent / "cards"
 
@@ -208,10 +208,9 @@ class Card(_Strict):
         """Whether a network with a single output will do: the score of class 1, behind a sigmoid."""
         return self.activation == "sigmoid" and len(self.classes) == 2
 
-    def cost(self) -> Cost:
-        """What a pixel costs the planner."""
-        torch = self.artifacts[0].format != "onnx"
-        return Cost(len(self.channels), len(self.classes), self.bytes_per_pixel, torch)
+    def cost(self, runner: Runner = "onnxruntime") -> Cost:
+        """What a pixel costs the planner, the network run in this."""
+        return Cost(len(self.channels), len(self.classes), self.bytes_per_pixel, runner)
 
 
 class Model:

@@ -35,18 +35,18 @@ class OpenVinoPart:
             else:
                 network = core.read_model(model, openvino.Tensor(np.frombuffer(weights, np.uint8).copy()))
             self._compiled = core.compile_model(network, "CPU", options)
-            self._request = self._compiled.create_infer_request()
+            self._request: openvino.InferRequest | None = None
         except Exception as error:  # openvino's exceptions share no base but RuntimeError, and texts of many lines
             raise ModelError(f"does not load in OpenVINO: {_reason(error)}") from error
 
     def __call__(self, given: Sequence[Floats], last: bool = False) -> Floats:
         inputs = {i: np.ascontiguousarray(array) for i, array in enumerate(given)}
         try:
-            out = self._request.infer(inputs, share_inputs=True, share_outputs=True)[0]
+            self._request = self._request or self._compiled.create_infer_request()
             # A copy: the request's own memory is filled again by the next call.
-            made = np.array(out, dtype=np.float32)
-            if last:
-                del out
+            made = np.array(self._request.infer(inputs, share_inputs=True, share_outputs=True)[0], dtype=np.float32)
+            if last:  # a request holds what it was given and what came out
+                self._request = None
                 self._compiled.release_memory()
         except Exception as error:
             shapes = " and ".join(times(array.shape) for array in given)
