@@ -25,7 +25,7 @@ from typing import Literal
 from segcore.box import Box
 from segcore.errors import PlanError
 from segcore.grid import Grid, Rescale, mirrored
-from segcore.spec import Cost, Mode, Sides, Sight, format_bytes, times
+from segcore.spec import STREAMS, Cost, Mode, Sides, Sight, format_bytes, times
 from segcore.staging import Stages, Staging
 
 Index = tuple[int, ...]
@@ -347,11 +347,22 @@ def _sides(grid: Grid, canvas: tuple[int, ...], sight: Sight, mode: Tiling) -> I
     native = [max(1, u * n // m) for u, n, m in zip(unit, grid.shape, canvas, strict=True)]
     side = max(1, round(largest ** (1 / len(native))))
     while True:
-        shape = tuple(max(u, side // u * u) for u in native)
+        shape = tuple(_balanced(n, side, u) for n, u in zip(grid.shape, native, strict=True))
         yield shape
-        if shape == tuple(native):
+        if side <= min(native):
             return
         side = side * 3 // 4
+
+
+def _balanced(length: int, side: int, unit: int) -> int:
+    """The side of a core, in multiples of `unit`, that cuts an axis into as few pieces as `side` would, all alike.
+
+    A sliver at the end would show as much around it as any.
+    """
+    if length <= side:
+        return length
+    count = -(-length // max(unit, side // unit * unit))
+    return -(-length // (count * unit)) * unit
 
 
 def _middle(plan: Plan) -> Box:
@@ -383,7 +394,8 @@ def _with_memory(plan: Plan, cost: Cost, stages: Stages | None, staging: Staging
     array = 4 * cost.channels * (2 * plan._read(hull).size + 2 * hull.size)
     scores = 4 * cost.classes * (2 * target.size + core.size) + 8 * core.size
     in_flight = min(TILES_IN_FLIGHT, len(plan))
-    engine, relative = int(cost.engine_bytes_per_pixel * window.size), 1.0
+    at_once = STREAMS if plan.mode == "blend" and cost.runner == "openvino" else 1
+    engine, relative = int(at_once * cost.engine_bytes_per_pixel * window.size), 1.0
     if stages is not None and staging is not None:
         wanted = target.shift([-start for start in window.start])
         engine = stages.memory(window.shape, wanted, staging, cost.runner)

@@ -27,6 +27,8 @@ Sides = tuple[tuple[int, int], ...]
 
 #: Difference of scores that counts as none (law 2): engines may choose their arithmetic by the size of a window.
 SAME_SCORES = 1e-4
+#: Windows that OpenVINO has under way at once, each on its share of the threads, where they are small.
+STREAMS = 2
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _DECIMAL = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}

@@ -69,7 +69,7 @@ def test_every_tile_is_labelled_once_and_stored(tmp_path: Path, workers: Workers
     assert sorted(report.index for report in reports) == sorted(made.plan.indices())
     assert made.scratch.done() == set(made.plan.indices())
     assert all(report.windows == 1 and report.valid > 0 for report in reports)
-    assert "onnxruntime" in reports[0].engine
+    assert "openvino" in reports[0].engine
 
 
 def test_few_tiles_are_under_way_at_once(tmp_path: Path, workers: Workers) -> None:

@@ -153,7 +153,7 @@ def test_sides_of_a_halo_differ_where_the_reach_does() -> None:
 def test_memory_does_not_follow_the_scene() -> None:
     sight = Sight((16, 16), REACH)
     plans = [make_plan(Grid("yx", (n, n)), (n, n), sight, COST, 2**31) for n in (8_000, 80_000)]
-    assert plans[0].memory == plans[1].memory
+    assert plans[0].memory == pytest.approx(plans[1].memory, rel=0.1)  # cores are of one size, but for what evens them
 
 
 @pytest.mark.parametrize(

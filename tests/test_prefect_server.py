@@ -110,7 +110,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 def test_a_scheduled_run_comes_by_itself_and_another_is_cancelled_and_goes_on(server: Server, tmp_path: Path) -> None:
     model = save_local_unet(tmp_path / "unet", "yx", width=16, poolings=2)
-    scene, large, out = write(tmp_path / "in" / "a.tif", 60), write(tmp_path / "large.tif", 1400), tmp_path / "out"
+    scene, large, out = write(tmp_path / "in" / "a.tif", 60), write(tmp_path / "large.tif", 2400), tmp_path / "out"
     described = yaml.safe_load((ROOT / "deploy" / "prefect.yaml").read_text())
     described["pull"][0]["prefect.deployments.steps.set_working_directory"]["directory"] = str(ROOT)
     wanted = [d for d in described["deployments"] if d["name"] in ("nightly", "on-demand")]
@@ -157,7 +157,7 @@ def test_a_scheduled_run_comes_by_itself_and_another_is_cancelled_and_goes_on(se
     assert not (out / "large").exists()
     kept = tiles()
     time.sleep(2)
-    assert tiles() == kept < 44 * 44
+    assert tiles() == kept < 75 * 75
 
     # And the same run again goes on with that.
     run_id = server.api(f"/deployments/{on_demand}/create_flow_run", given)["id"]

@@ -19,12 +19,16 @@ from segcore.spec import times
 class OpenVinoPart:
     """A part of a network as ONNX, on the CPU, with one output. Raises ModelError where it does not load."""
 
-    def __init__(self, model: bytes, threads: int, chunks: bool = False, weights: bytes | None = None) -> None:
-        """`weights`: of a network in OpenVINO's own format. What is run chunk after chunk is run like anything."""
+    def __init__(
+        self, model: bytes, threads: int, chunks: bool = False, weights: bytes | None = None, streams: int = 1
+    ) -> None:
+        """`weights`: of a network in OpenVINO's own format; `streams`: how many runs share the threads. What is run
+        chunk after chunk is run like anything.
+        """
         # Floats as they are: they would else be rounded to bfloat16 where the CPU has it.
         options = {
             "INFERENCE_NUM_THREADS": threads,
-            "NUM_STREAMS": 1,
+            "NUM_STREAMS": streams,
             "INFERENCE_PRECISION_HINT": "f32",
             "ENABLE_CPU_PINNING": False,
         }
@@ -35,23 +39,33 @@ class OpenVinoPart:
             else:
                 network = core.read_model(model, openvino.Tensor(np.frombuffer(weights, np.uint8).copy()))
             self._compiled = core.compile_model(network, "CPU", options)
-            self._request: openvino.InferRequest | None = None
+            self._requests: list[openvino.InferRequest] = []
         except Exception as error:  # openvino's exceptions share no base but RuntimeError, and texts of many lines
             raise ModelError(f"does not load in OpenVINO: {_reason(error)}") from error
 
     def __call__(self, given: Sequence[Floats], last: bool = False) -> Floats:
-        inputs = {i: np.ascontiguousarray(array) for i, array in enumerate(given)}
-        try:
-            self._request = self._request or self._compiled.create_infer_request()
-            # A copy: the request's own memory is filled again by the next call.
-            made = np.array(self._request.infer(inputs, share_inputs=True, share_outputs=True)[0], dtype=np.float32)
-            if last:  # a request holds what it was given and what came out
-                self._request = None
-                self._compiled.release_memory()
-        except Exception as error:
-            shapes = " and ".join(times(array.shape) for array in given)
-            raise failure("OpenVINO", f"a batch of shape {shapes}", _reason(error)) from error
+        (made,) = self.run_all([given])
+        if last:  # a request holds what it was given and what came out
+            self._requests.clear()
+            self._compiled.release_memory()
         return made
+
+    def run_all(self, all_given: Sequence[Sequence[Floats]]) -> list[Floats]:
+        """Run it on several inputs, side by side."""
+        try:
+            while len(self._requests) < len(all_given):
+                self._requests.append(self._compiled.create_infer_request())
+            under_way = list(zip(self._requests, all_given, strict=False))
+            for request, given in under_way:
+                inputs = {i: np.ascontiguousarray(array) for i, array in enumerate(given)}
+                request.start_async(inputs, share_inputs=True)
+            for request, _ in under_way:
+                request.wait()
+            # Copies: a request's own memory is filled again by the next call.
+            return [np.array(request.get_output_tensor(0).data, dtype=np.float32) for request, _ in under_way]
+        except Exception as error:
+            shapes = ", ".join(times(array.shape) for given in all_given for array in given)
+            raise failure("OpenVINO", f"a batch of shape {shapes}", _reason(error)) from error
 
 
 class OpenVinoSegmenter:
@@ -60,7 +74,8 @@ class OpenVinoSegmenter:
     Raises ModelError where it does not load.
     """
 
-    def __init__(self, path: Path, threads: int) -> None:
+    def __init__(self, path: Path, threads: int, streams: int = 1) -> None:
+        """`streams`: how many windows are run side by side, each on its share of the threads."""
         try:
             # From bytes, so that weights in files beside it, for which no digest vouches, are not found.
             if path.suffix == ".zip":
@@ -68,15 +83,17 @@ class OpenVinoSegmenter:
                     model, weights = archive.read("network.xml"), archive.read("network.bin")
                 self._network = OpenVinoPart(model, threads, weights=weights)
             else:
-                self._network = OpenVinoPart(path.read_bytes(), threads)
+                self._network = OpenVinoPart(path.read_bytes(), threads, streams=streams)
         except (OSError, KeyError, zipfile.BadZipFile, ModelError) as error:
             raise ModelError(f"{path}: {one_line(error)}") from error
         self.device = threading.Lock()
         self.engine = f"openvino {openvino.get_version().split('-')[0]} (CPU, {threads} threads)"
-        self.batch = 1
+        self.batch = streams
 
     def __call__(self, batch: Floats, wanted: Box | None = None) -> Floats:
-        return self._network([batch])
+        if self.batch == 1:
+            return self._network([batch])
+        return np.concatenate(self._network.run_all([[window[None]] for window in batch]))
 
 
 def _reason(error: Exception) -> str:

@@ -1,7 +1,8 @@
-"""The networks, packed by segflow itself and kept in `build/benchmarks`: their weights are random but fixed.
+"""The networks, packed by segflow itself and kept in `build/benchmarks`.
 
-Batch norms have the statistics of the real scene, and the last layer is shifted so that all classes occur: labels of
-networks that always say the same would agree whatever happened.
+MONAI's in 2-D is trained for a minute, to tell water, vegetation and the rest by the usual indices. The others have
+random but fixed weights; their batch norms have the statistics of the real scene, and the last layer is shifted so that
+all classes occur: labels of networks that always say the same would agree whatever happened.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def basic_unet(axes: str = "yx", folder: Path = CACHE) -> Path:
     scale = {"step": "affine", "scale": 4.0, "offset": -0.5} if dims == 2 else {"step": "affine", "scale": 0.01}
     about = _draft(f"basic-unet-{axes}", axes, channels, scale)
     scene = mosaic(2000) if dims == 2 else volume(96)
-    return _packed(folder, about, NetworkClass(name="monai.networks.nets.BasicUNet", arguments=arguments), scene)
+    network = NetworkClass(name="monai.networks.nets.BasicUNet", arguments=arguments)
+    return _packed(folder, about, network, scene, trained=dims == 2)
 
 
 def small_unet(widths: Sequence[int] = (4, 6, 8), folder: Path = CACHE) -> Path:
@@ -67,7 +69,7 @@ def idle(folder: Path = CACHE) -> Path:
     return _kept(model, write)
 
 
-def _packed(folder: Path, about: dict[str, object], network: NetworkClass, scene: Path) -> Path:
+def _packed(folder: Path, about: dict[str, object], network: NetworkClass, scene: Path, trained: bool = False) -> Path:
     """The model folder of a network of this class, its statistics those of the scene."""
     model = folder / "models" / str(about["name"])
 
@@ -79,7 +81,10 @@ def _packed(folder: Path, about: dict[str, object], network: NetworkClass, scene
         image = read_image(scene, about, most=512 if len(str(about["axes"])) == 2 else 96)
         state = model.with_name(f"{model.name}.pt")
         state.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(_as_if_trained(module, image).state_dict(), state)
+        module = _as_if_trained(module, image)
+        if trained:
+            module = _trained(module, read_image(scene, about, most=2000))
+        torch.save(module.state_dict(), state)
         pack(state, about, model, network)
         state.unlink()
 
@@ -102,6 +107,31 @@ def _as_if_trained(module: nn.Module, image: torch.Tensor) -> nn.Module:
         last.weight.mul_(gain.view(-1, *(1,) * (last.weight.ndim - 1)))
         last.bias.sub_(scores.mean(dim=over)).mul_(gain)
     return module
+
+
+def _trained(module: nn.Module, image: torch.Tensor, steps: int = 200, side: int = 128) -> nn.Module:
+    """Trained to tell water (NDWI above 0), vegetation (NDVI above 0.4) and the rest, on pieces of a scaled image."""
+    _blue, green, red, nir = (image[0] + 0.5) / 4
+    vegetation = (nir - red) / (nir + red).clamp(min=1e-3) > 0.4
+    water = (green - nir) / (green + nir).clamp(min=1e-3) > 0
+    wanted = torch.where(water, 2, torch.where(vegetation, 1, 0))
+    chance, slope = torch.Generator().manual_seed(7), torch.optim.Adam(module.parameters(), lr=1e-3)
+    module.train()
+    for _ in range(steps):
+        rows, cols = (torch.randint(image.shape[axis] - side, (4,), generator=chance).tolist() for axis in (2, 3))
+        pieces = [(slice(r, r + side), slice(c, c + side)) for r, c in zip(rows, cols, strict=True)]
+        batch = torch.stack([image[(0, slice(None), *piece)] for piece in pieces])
+        loss = nn.functional.cross_entropy(module(batch), torch.stack([wanted[piece] for piece in pieces]))
+        slope.zero_grad()
+        loss.backward()
+        slope.step()
+    for layer in module.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.reset_running_stats()
+    with torch.no_grad():  # statistics of the network as it is now
+        for top in range(0, image.shape[2] - 500, 500):
+            module(image[:, :, top : top + 500, :500])
+    return module.eval()
 
 
 def _draft(
