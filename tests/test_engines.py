@@ -1,0 +1,106 @@
+"""What runs a network: OpenVINO where it is quicker and says the same, ONNX Runtime otherwise."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import save_local_unet
+
+import segcore.model
+from segcore.errors import ModelError, PlanError
+from segcore.model import load_segmenter, runner_of
+from segcore.model.card import Model, load_card
+from segcore.model.onnx import OnnxSegmenter
+from segcore.model.openvino import OpenVinoSegmenter
+from segcore.model.probe import noise
+from segcore.spec import Settings
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return load_card(str(save_local_unet(tmp_path_factory.mktemp("engines") / "unet", "yx", width=8, poolings=2)))
+
+
+def test_local_networks_run_in_openvino_and_the_others_in_onnx_runtime(local: Model) -> None:
+    assert load_segmenter(local, 2).engine.startswith("openvino")
+    assert load_segmenter(local, 2, engine="onnxruntime").engine.startswith("onnxruntime")
+    assert runner_of(load_card("ukis-csmask-4b-l1c"), "auto") == "onnxruntime"
+    assert runner_of(load_card("ukis-csmask-4b-l1c"), "openvino") == "openvino"
+    assert runner_of(load_card("deepbet"), "auto") == "torch"
+
+
+def test_without_openvino_onnx_runtime_runs(local: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def find(name: str) -> object:
+        return None if name == "openvino" else find_spec(name)
+
+    monkeypatch.setattr(segcore.model, "find_spec", find)
+    assert load_segmenter(local, 2).engine.startswith("onnxruntime")
+    with pytest.raises(ModelError, match="pip install openvino"):
+        load_segmenter(local, 2, engine="openvino")
+
+
+def test_what_torch_runs_is_run_in_nothing_else() -> None:
+    with pytest.raises(ModelError, match="torch runs that; leave --engine out"):
+        runner_of(load_card("deepbet"), "openvino")
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda out: out * np.float32(1.01), lambda out: np.zeros_like(out)], ids=["a hundredth", "nothing"]
+)
+def test_an_engine_that_says_otherwise_is_not_taken(
+    local: Model,
+    spoil: Callable[[np.ndarray], np.ndarray],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    true = OpenVinoSegmenter.__call__
+    monkeypatch.setattr(OpenVinoSegmenter, "__call__", lambda self, batch, wanted=None: spoil(true(self, batch)))
+    with caplog.at_level(logging.INFO, "segcore"):
+        assert load_segmenter(local, 2).engine.startswith("onnxruntime")
+    assert "does not run in OpenVINO: its scores are" in caplog.text
+    with pytest.raises(ModelError, match="from those of ONNX Runtime; leave --engine out"):
+        load_segmenter(local, 2, engine="openvino")
+
+
+@pytest.mark.parametrize("shape", [(64, 96), (256, 256)])
+def test_windows_side_by_side_are_those_one_by_one(local: Model, shape: tuple[int, int]) -> None:
+    path = local.weights()[1]
+    windows = noise((3, 1, *shape))
+    one, several = OpenVinoSegmenter(path, 2), OpenVinoSegmenter(path, 2, 2)
+    assert (one.batch, several.batch) == (1, 2)
+    expected = np.concatenate([one(window[None]) for window in windows])
+    assert np.array_equal(several(windows), expected)
+    assert np.array_equal(several(windows[:1]), expected[:1])
+    assert np.allclose(expected, OnnxSegmenter(path, 2)(windows), atol=1e-5 * np.abs(expected).max())
+
+
+def test_pieces_say_what_the_whole_says_bit_for_bit(local: Model) -> None:
+    """However large the window: sizes that share no kernel would show here."""
+    segmenter, sight = load_segmenter(local, 2, engine="openvino"), local.card.sight()
+    ((before, after), _) = sight.halo
+    image = noise((1, 1, 320, 416))
+    whole = segmenter(image)
+    for top, left, side in ((0, 0, 64), (64, 128, 96), (40, 200, 160), (128, 32, 192)):
+        low, high = max(0, top - before), top + side + after
+        first, last = max(0, left - before), left + side + after
+        piece = segmenter(np.ascontiguousarray(image[:, :, low:high, first:last]))
+        inside = piece[:, :, top - low : top - low + side, left - first : left - first + side]
+        assert np.array_equal(inside, whole[:, :, top : top + side, left : left + side])
+
+
+def test_a_file_that_is_no_network_is_refused(tmp_path: Path) -> None:
+    for name in ("broken.onnx", "broken.zip"):
+        (tmp_path / name).write_bytes(b"nothing")
+        with pytest.raises(ModelError, match=name):
+            OpenVinoSegmenter(tmp_path / name, 1)
+
+
+def test_the_engine_is_no_part_of_what_a_product_is_known_by() -> None:
+    assert Settings(engine="openvino").pixels() == Settings().pixels()
+    with pytest.raises(PlanError, match="must be auto, onnxruntime or openvino"):
+        Settings(engine="tensorrt")  # type: ignore[arg-type]
