@@ -28,9 +28,9 @@ def table(options: argparse.Namespace) -> Iterator[str]:
     """segflow against the model's own program: whole processes, start-up of Python included, median of three runs.
 
     csmask: the Sentinel-2 chip of 1947 x 1933 pixels, six bands at 10 and 20 m. ukis-csmask gets the array that segflow
-    reads, at its own overlap of 0.2; segflow runs at that, too, and at that of its card (0.5). Then a mosaic as large as
-    a Sentinel-2 scene, in 1400 MiB, segflow alone: the array, windows and scores of the
-    other program would need some 17 GB. deepbet: the T1 of 176 x 256 x 256 voxels.
+    reads, at its own overlap of 0.2; segflow runs at that, too, and at that of its card (0.5). Then a mosaic as large
+    as a Sentinel-2 scene, in 1400 MiB, segflow alone: the array, windows and scores of the other program would need
+    some 17 GB. deepbet: the T1 of 176 x 256 x 256 voxels.
     """
     with tempfile.TemporaryDirectory() as place:
         yield from (_clouds if options.what == "csmask" or "side" in options else _brain)(options, Path(place))
