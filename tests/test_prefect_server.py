@@ -1,6 +1,7 @@
 """A real Prefect server and worker on loopback, with the deployments of `deploy/prefect.yaml`.
 
-A run comes by itself and shows its artifacts; another is cancelled, and goes on.
+A run comes by itself and shows its artifacts; another is cancelled, and goes on. The server keeps its data in SQLite,
+or in an empty database that is named: `SEGFLOW_TEST_DATABASE=postgresql+asyncpg://user:password@127.0.0.1/prefect`.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ class Server:
             "PREFECT_WORKER_QUERY_SECONDS": "2",
             "PYTHONPATH": str(ROOT),
         }
+        if database := os.environ.get("SEGFLOW_TEST_DATABASE"):
+            self.environment["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = database
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def start(self, *command: str) -> None:

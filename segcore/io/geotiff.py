@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import datetime as datetime_type
 from functools import partial
@@ -36,6 +37,8 @@ from segcore.resample import interpolate
 
 #: Longest side (pixels) of a block that is read as it is: of a longer one, a tile shows but a part.
 WIDEST_BLOCK = 2048
+#: Files of a scene that are read side by side: a band in a bucket is a wait, and one on a disk is unpacked.
+_READERS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,7 @@ class Raster:
         self._described_by = described_by
         self._copies: Mapping[str, tuple[Band, ...]] = {}  # in the order of the channels that each file holds
         self._local = threading.local()
+        self._readers = ThreadPoolExecutor(_READERS, "segflow-read")  # no thread is started before it is wanted
         with gdal_environment():
             files = {band.uri: self._dataset(band.uri) for band in self._bands}
             finest = min(files.values(), key=lambda file: abs(file.transform.determinant))
@@ -157,14 +161,24 @@ class Raster:
 
     def read(self, box: Box) -> Floats:
         out = np.empty((len(self._bands), *box.shape), np.float32)
-        with gdal_environment():
-            for uri, positions in self._by_file():
-                placement = self._placements[uri]
-                at = placement.inside(box)
-                if at.size == 0:
-                    out[positions] = np.nan
-                    continue
+
+        def read_file(uri: str, positions: list[int]) -> None:
+            placement = self._placements[uri]
+            at = placement.inside(box)
+            if at.size == 0:
+                out[positions] = np.nan
+                return
+            with gdal_environment():
                 out[positions] = placement.onto(self._read_bands(uri, positions, at), at, box)
+
+        files = list(self._by_file())
+        if len(files) == 1:
+            read_file(*files[0])
+            return out
+        under_way = [self._readers.submit(read_file, *file) for file in files]
+        wait(under_way)  # all of them, before any error: who is told that this has ended may remove the files
+        for file in under_way:
+            file.result()
         return out
 
     def overview(self, shape: Sequence[int]) -> Floats:
