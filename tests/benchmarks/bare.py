@@ -1,4 +1,4 @@
-"""segflow against one bare forward pass of ONNX Runtime: what reading, tiling, joining and writing cost."""
+"""segflow against one bare forward pass of the same engine: what reading, tiling, joining and writing cost."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def arguments(parser: argparse.ArgumentParser, name: str) -> None:
 
 
 def table(options: argparse.Namespace) -> Iterator[str]:
-    """segflow from COG to COG against one pass of the same network, with the same session options, over noise.
+    """segflow from COG to COG against one pass of the same network in the same engine, over noise.
 
     By default 2 000 x 2 000 pixels, against a pass over 2 048 x 2 048.
     """
