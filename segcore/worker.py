@@ -20,6 +20,7 @@ from distributed import Worker, WorkerPlugin, get_worker
 from segcore.errors import MemoryShortageError
 from segcore.io.scratch import Scratch
 from segcore.io.source import Source
+from segcore.machine import release_memory
 from segcore.model import load_segmenter
 from segcore.model.card import Model
 from segcore.model.quantise import Quantised
@@ -33,6 +34,8 @@ from segcore.tile import Labeller
 PLUGIN = "segflow"
 
 _LOG = logging.getLogger(__name__)
+#: Pixels after which memory that was freed is given back: some eight large tiles.
+_TIDY = 2**25
 
 T = TypeVar("T")
 
@@ -111,6 +114,7 @@ class Bench(WorkerPlugin):  # type: ignore[misc]
         self._stopped: set[str] = set()
         self._active: Counter[str] = Counter()
         self._deadlines: dict[int, float] = {}
+        self._labelled = 0
         self._nowhere = Path(os.devnull).open("w")  # noqa: SIM115 (as long as the process)
         # The plan counts on so many tiles at once, however many threads the worker has.
         self.places = threading.Semaphore(TILES_IN_FLIGHT)
@@ -137,6 +141,14 @@ class Bench(WorkerPlugin):  # type: ignore[misc]
         """What labels the tiles of a recipe here."""
         segmenter = self.segmenter(recipe)
         return Labeller(recipe.plan, recipe.model.card, recipe.source, recipe.scaling, segmenter)
+
+    def tidy(self, pixels: int) -> None:
+        """Now and then, as pixels are labelled, give back what the heap keeps: over many tiles it would grow."""
+        with self._lock:
+            self._labelled += pixels
+            due, self._labelled = divmod(self._labelled, _TIDY)
+        if due:
+            release_memory()
 
     @contextlib.contextmanager
     def working(self, key: str) -> Iterator[None]:
@@ -207,6 +219,7 @@ def label_batch(key: str, packed: bytes, batch: list[Index], tile_seconds: float
                 break
             with bench.places, bench.in_time(tile_seconds):
                 reports.append(_label_one(labeller, index, recipe.scratch))
+            bench.tidy(reports[-1].valid)
     return reports
 
 

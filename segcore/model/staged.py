@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import numpy as np
 
 from segcore.box import Box
 from segcore.errors import ModelError
+from segcore.machine import release_memory
 from segcore.model.probe import ROUNDING, noise
 from segcore.model.segmenter import Floats, Part, Segmenter
 from segcore.model.stages import find_stages
@@ -88,14 +87,14 @@ class StagedSegmenter:
             core, read = chunk.core.coarse(level.factor), chunk.read.coarse(level.factor)
             found = self._down[depth]([image[_at(chunk.read)]], chunk is pieces[-1])
             pooled[_at(core)] = found[_at(core, read.start)]
-        _release()
+        release_memory()
         return pooled
 
     def _risen(self, pooled: Floats, depth: int, wanted: Box, staging: Staging) -> Floats:
         """What rises from a level, in a wanted box of its grid."""
         if depth == staging.levels:
             whole = self._inside(depth)([pooled], True)
-            _release()
+            release_memory()
             return whole[_at(wanted)]
         risen = np.empty((1, self.stages.levels[depth - 1].risen, *wanted.shape), np.float32)
         self._rise(risen, pooled, depth, wanted, staging)
@@ -134,12 +133,6 @@ class StagedSegmenter:
                 f"{times(image.shape[2:])} pixels of level {depth}; run it in one pass"
             )
         raise ModelError(f"{path} cannot be tried in chunks: {reason}")
-
-
-def _release() -> None:
-    """Give memory that was freed back to the system: the next stage frees and takes arrays of other sizes."""
-    with contextlib.suppress(AttributeError, OSError):  # a C library other than glibc
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _at(box: Box, origin: tuple[int, ...] | None = None) -> tuple[slice, ...]:
