@@ -89,12 +89,15 @@ def plan(
 
 def _facts(prospect: Prospect, speed: Speed | None, processes: int, calibrated: bool) -> dict[str, Any]:
     """The plan as JSON; bytes and seconds are predictions."""
+    from segcore.model import runner_of
+
     plan, source = prospect.plan, prospect.source
     scratch, product = prospect.disk
     seconds = None if speed is None else round(speed.predict(prospect.computed, source.grid.size), 1)
     return {
         **prospect.tiling(),
         "tiles": len(plan),
+        "engine": runner_of(prospect.model, prospect.job.settings.engine),
         "scene": source.uri,
         "grid": list(source.grid.shape),
         # With workers of their own, the process that hands out the tiles makes statistics and products.
@@ -112,6 +115,7 @@ def _rows(prospect: Prospect, facts: dict[str, Any]) -> Iterator[tuple[str, str]
     source = prospect.source
     yield "scene", f"{source.name}, {source.grid} pixels, channels: {', '.join(source.channels)}"
     yield "mode", _mode_sentence(facts)
+    yield "engine", facts["engine"]
     yield "tiles", f"{facts['tiles']} with cores of {times(facts['core'])}"
     yield "work", f"{facts['work']:.2f} times the pixels that the network sees ({times(facts['canvas'])})"
     each, total = facts["predicted_memory_bytes"], facts["predicted_memory_bytes_in_total"]

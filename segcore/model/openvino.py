@@ -55,9 +55,10 @@ class OpenVinoPart:
         try:
             while len(self._requests) < len(all_given):
                 self._requests.append(self._compiled.create_infer_request())
-            under_way = list(zip(self._requests, all_given, strict=False))
-            for request, given in under_way:
-                inputs = {i: np.ascontiguousarray(array) for i, array in enumerate(given)}
+            # Inputs are shared with the engine, and so must live as long as it is at work.
+            shown = [{i: np.ascontiguousarray(array) for i, array in enumerate(given)} for given in all_given]
+            under_way = list(zip(self._requests, shown, strict=False))
+            for request, inputs in under_way:
                 request.start_async(inputs, share_inputs=True)
             for request, _ in under_way:
                 request.wait()
