@@ -89,15 +89,13 @@ def plan(
 
 def _facts(prospect: Prospect, speed: Speed | None, processes: int, calibrated: bool) -> dict[str, Any]:
     """The plan as JSON; bytes and seconds are predictions."""
-    from segcore.model import runner_of
-
     plan, source = prospect.plan, prospect.source
     scratch, product = prospect.disk
     seconds = None if speed is None else round(speed.predict(prospect.computed, source.grid.size), 1)
     return {
         **prospect.tiling(),
         "tiles": len(plan),
-        "engine": runner_of(prospect.model, prospect.job.settings.engine),
+        "engine": prospect.runner,
         "scene": source.uri,
         "grid": list(source.grid.shape),
         # With workers of their own, the process that hands out the tiles makes statistics and products.

@@ -23,7 +23,7 @@ def calibrate(prospect: Prospect) -> Speed:
     CardError, ModelError.
     """
     card, sight = prospect.model.card, prospect.plan.sight
-    segmenter = load_segmenter(prospect.model, usable_cores(), engine=prospect.job.settings.engine)
+    segmenter = load_segmenter(prospect.model, usable_cores(), engine=prospect.engine)
     side = _SIDE[len(sight.stride)]
     shape = sight.window or tuple(max(1, side // s) * s for s in sight.stride)
     batch = noise((segmenter.batch, len(card.channels), *shape))

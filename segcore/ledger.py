@@ -13,6 +13,7 @@ import fcntl
 import io
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -57,6 +58,7 @@ TROUBLED: tuple[State, ...] = ("failed", "quarantined")
 
 Event = dict[str, Any]
 _BLOCK_BYTES = 1 << 16
+_LOCK_SECONDS = 1.0
 
 
 def now() -> str:
@@ -89,8 +91,8 @@ def append(path: Path, event: Mapping[str, Any], *, sync: bool = False) -> None:
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            with contextlib.suppress(OSError):  # where there are no locks, a line in work may look torn: one blank line
-                fcntl.flock(descriptor, fcntl.LOCK_EX)  # the size of a file grows page by page while a line is written
+            # While a line is written, the file grows page by page. Without a lock one may look torn: one blank line.
+            _lock(descriptor)
             size = os.fstat(descriptor).st_size
             if size and os.pread(descriptor, 1, size - 1) != b"\n":  # a killed run left half a line
                 line = b"\n" + line
@@ -107,6 +109,22 @@ def append(path: Path, event: Mapping[str, Any], *, sync: bool = False) -> None:
             f"cannot append to {path}: {error.strerror or error}; free some space or choose another --out",
             retryable=True,
         ) from error
+
+
+def _lock(descriptor: int) -> None:
+    """Lock the file against other writers; not for longer than they take to write: one may be stopped, or hang."""
+    until = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                return
+            time.sleep(0.001)
+        except OSError:  # there are no locks here
+            return
+        else:
+            return
 
 
 def read(path: Path) -> Iterator[Event]:

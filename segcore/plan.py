@@ -394,13 +394,14 @@ def _with_memory(plan: Plan, cost: Cost, stages: Stages | None, staging: Staging
     array = 4 * cost.channels * (2 * plan._read(hull).size + 2 * hull.size)
     scores = 4 * cost.classes * (2 * target.size + core.size) + 8 * core.size
     in_flight = min(TILES_IN_FLIGHT, len(plan))
-    at_once = STREAMS if plan.mode == "blend" and cost.runner == "openvino" else 1
+    at_once = STREAMS if plan.mode == "blend" and not plan.sight.local and cost.runner == "openvino" else 1
     engine, relative = int(at_once * cost.engine_bytes_per_pixel * window.size), 1.0
     if stages is not None and staging is not None:
         wanted = target.shift([-start for start in window.start])
         engine = stages.memory(window.shape, wanted, staging, cost.runner)
         relative = stages.work(window.shape, wanted, staging) / (stages.inner[0].work * window.size)
-    process = PROCESS_BYTES + RUNNER_BYTES[cost.runner]
+    # Weights as the file has them, as the engine does, and as it has packed them.
+    process = PROCESS_BYTES + RUNNER_BYTES[cost.runner] + 3 * cost.weights
     memory = process + in_flight * (array + scores + 500 * count) + engine
     return replace(plan, memory=memory, staging=staging, staged_work=relative)
 

@@ -179,12 +179,12 @@ def _overlay(base: Pixels, labels: Labels, colours: Pixels, legend: Legend) -> P
 def _fit(pixels: Pixels, spacing: Sequence[float]) -> Image.Image:
     """A panel of at most PANEL pixels a side, with the proportions that the scene has in the world.
 
-    A small scene shows its pixels, as squares of one size: nothing is made up between them, and the file is small.
+    A small scene shows its pixels, each as large as the others: nothing is made up between them, and the file is small.
     """
     height, width = (n * s for n, s in zip(pixels.shape[:2], spacing, strict=True))
     factor, how = PANEL / max(height, width), Image.Resampling.BILINEAR
     if factor * min(spacing) >= 2:
-        factor, how = int(factor * min(spacing)) / min(spacing), Image.Resampling.NEAREST
+        factor, how = int(factor * min(spacing) + 1e-9) / min(spacing), Image.Resampling.NEAREST
     size = (max(1, round(width * factor)), max(1, round(height * factor)))
     return Image.fromarray(pixels).resize(size, how)
 

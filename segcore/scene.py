@@ -29,7 +29,7 @@ from segcore.precision import Proof, prove
 from segcore.publish import ClassShare, class_shares, is_current, legend_of, manifest_of, manifest_path, publish
 from segcore.scaling import Scaling, fit_scaling
 from segcore.seams import Measured, SeamReport, measure_halo, report_seams
-from segcore.spec import SAME_SCORES, Job, Settings, usable_cores
+from segcore.spec import SAME_SCORES, Engine, Job, Settings, usable_cores
 from segcore.speed import Speed, remember
 from segcore.survey import Prospect, check_range, check_unchanged, provenance, survey
 from segcore.tile import Labeller
@@ -156,7 +156,7 @@ def _segment(
                 source = source.stage(prospect.hidden / "staged")
                 check_range(source, card)
                 scaling = _kept(scratch.root / "scaling.json", Scaling, lambda: fit_scaling(card.scaling, source))
-            recipe = Recipe(plan, prospect.model, source, scaling, scratch, engine=job.settings.engine)
+            recipe = Recipe(plan, prospect.model, source, scaling, scratch, engine=prospect.engine)
             recipe, proof = _quantise(recipe, workers, prospect)
             halo = _measure_halo(recipe, workers, job.settings.tolerance)
             if halo is not None:
@@ -240,6 +240,7 @@ def check_seams(product: Path) -> SeamReport:
         scaling, mask = Scaling.from_json(made["segflow:scaling"]), product.parent / document["assets"]["mask"]["href"]
         halo = Measured.from_json(made["segflow:measured_halo"]) if "segflow:measured_halo" in made else None
         core, fingerprint = tuple(map(int, tiling["core"])), str(made["segflow:fingerprint"])
+        engine = str(made["segflow:model"]["engine"]).partition(" ")[0]
     except (KeyError, TypeError, ValueError) as error:
         raise ProductError(
             f"{product} is no manifest of this version of segflow ({error!r}); run the scene again"
@@ -253,7 +254,8 @@ def check_seams(product: Path) -> SeamReport:
     network = find_quantised(prospect.model) if prospect.calibration else None
     if prospect.calibration and network is None:
         raise ProductError(f"{product}: the network in int8 that made it is no longer kept; run the scene again")
-    segmenter = load_segmenter(prospect.model, usable_cores(), quantised=network, engine=settings.engine)
+    made_in: Engine = "openvino" if engine == "openvino" else "onnxruntime" if engine == "onnxruntime" else "auto"
+    segmenter = load_segmenter(prospect.model, usable_cores(), quantised=network, engine=made_in)
     with tempfile.TemporaryDirectory() as folder:
         source = prospect.source.stage(Path(folder))
         labeller = Labeller(plan, prospect.model.card, source, scaling, segmenter)

@@ -142,13 +142,14 @@ def symmetric(reach: Iterable[int]) -> Sides:
 class Cost:
     """What one pixel costs the planner. Bytes are those that a window holds while it is inferred, per input pixel.
 
-    `runner`: what the network is run in.
+    `runner`: what the network is run in; `weights`: bytes of its file.
     """
 
     channels: int
     classes: int
     engine_bytes_per_pixel: float
     runner: Runner = "onnxruntime"
+    weights: int = 0
 
 
 @dataclass(frozen=True, slots=True)

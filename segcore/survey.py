@@ -24,7 +24,7 @@ from segcore.model import check_int8, runner_of, stages_of
 from segcore.model.card import Card, Model, load_card
 from segcore.model.quantise import find_quantised
 from segcore.plan import Plan, make_plan
-from segcore.spec import Job, times
+from segcore.spec import Engine, Job, Runner, times
 from segcore.speed import Speed, recall
 from segcore.staging import Stages
 
@@ -41,7 +41,8 @@ HIDDEN = ".segflow"
 class Prospect:
     """What is known of a job before any heavy work: headers, card, plan and the fingerprint of the product.
 
-    `calibration`: digest of the scene that a network in int8 is calibrated on, and of how it was read; None in fp32.
+    `runner`: what the network is run in; `calibration`: digest of the scene that a network in int8 is calibrated on,
+    and of how it was read; None in fp32.
     """
 
     job: Job
@@ -49,6 +50,7 @@ class Prospect:
     source: Source
     plan: Plan
     fingerprint: str
+    runner: Runner
     calibration: str | None = None
 
     @property
@@ -59,7 +61,12 @@ class Prospect:
     @property
     def scratch_root(self) -> Path:
         core = "x".join(map(str, self.plan.core))
-        return self.hidden / f"{self.fingerprint[:16]}-{core}"
+        return self.hidden / f"{_scratch_key(self.fingerprint, self.runner)}-{core}"
+
+    @property
+    def engine(self) -> Engine:
+        """What workers are to run the network in: that of the plan, or what they take instead where it fails."""
+        return "onnxruntime" if self.runner == "onnxruntime" else self.job.settings.engine
 
     @property
     def speed_key(self) -> str:
@@ -107,7 +114,7 @@ def survey(job: Job, core: tuple[int, ...] | None = None) -> Prospect:
     `core`: shape of a tile's core, None for what settings, an interrupted run or the plan say.
     """
     model = load_card(job.model)
-    runner = runner_of(model, job.settings.engine)
+    runners = _runners(model, job)
     source = open_scene(job.uri, wanted_by(model.card), job.settings, job.name)
     calibration = _calibration(job, model, source)
     fingerprint = _fingerprint(job, model, source, calibration)
@@ -116,23 +123,43 @@ def survey(job: Job, core: tuple[int, ...] | None = None) -> Prospect:
     memory = job.settings.memory or free_memory() // 2
     side = job.settings.tile
     given = core or ((side,) * len(canvas) if side else None)
-    core = given or _interrupted_core(job, source.name, fingerprint)
 
-    def plan_with(core: tuple[int, ...] | None) -> Plan:
+    def plan_with(runner: Runner, core: tuple[int, ...] | None) -> Plan:
         measured = job.settings.tolerance is not None
-        cost, mode = model.card.cost(runner), job.settings.mode
+        cost, mode = model.card.cost(runner, model.weights_bytes), job.settings.mode
         stages = _stages_of(model, canvas) if calibration is None else None
         return make_plan(
             source.grid, canvas, sight, cost, memory, core=core, mode=mode, measured=measured, stages=stages
         )
 
-    try:
-        plan = plan_with(core)
-    except PlanError:
-        if given or core is None:
-            raise
-        plan = plan_with(None)
-    return Prospect(job, model, source, plan, fingerprint, calibration)
+    # With what a run was interrupted that is gone on with if it can be, whatever memory is free today.
+    ways: list[tuple[Runner, tuple[int, ...] | None]] = [(runner, given) for runner in runners]
+    if given is None:
+        found = [(runner, _interrupted_core(job, source.name, fingerprint, runner)) for runner in runners]
+        ways = [(runner, interrupted) for runner, interrupted in found if interrupted] + ways
+    for runner, way in ways[:-1]:
+        with contextlib.suppress(PlanError):
+            return Prospect(job, model, source, plan_with(runner, way), fingerprint, runner, calibration)
+    runner, way = ways[-1]
+    return Prospect(job, model, source, plan_with(runner, way), fingerprint, runner, calibration)
+
+
+def _runners(model: Model, job: Job) -> list[Runner]:
+    """What the network may be run in, the quickest first: OpenVINO takes more memory than some budgets have.
+
+    Raises ModelError, PlanError for what cannot be.
+    """
+    runner = runner_of(model, job.settings.engine)
+    if job.settings.precision == "int8":
+        if job.settings.engine == "onnxruntime":
+            raise PlanError("--precision int8 is run in OpenVINO; leave --engine onnxruntime or --precision int8 out")
+        return ["openvino"]
+    return [runner, "onnxruntime"] if runner == "openvino" and job.settings.engine == "auto" else [runner]
+
+
+def _scratch_key(fingerprint: str, runner: Runner) -> str:
+    """Tiles that differ by rounding do not lie beside each other."""
+    return hashlib.sha256(f"{fingerprint} {runner}".encode()).hexdigest()[:16]
 
 
 def wanted_by(card: Card) -> Wanted:
@@ -269,9 +296,9 @@ def _fingerprint(job: Job, model: Model, source: Source, calibration: str | None
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _interrupted_core(job: Job, name: str, fingerprint: str) -> tuple[int, ...] | None:
+def _interrupted_core(job: Job, name: str, fingerprint: str, runner: Runner) -> tuple[int, ...] | None:
     """The core of a run that was interrupted, so that its tiles can be used whatever memory is free today."""
-    for folder in sorted((Path(job.out) / HIDDEN / name).glob(f"{fingerprint[:16]}-*")):
+    for folder in sorted((Path(job.out) / HIDDEN / name).glob(f"{_scratch_key(fingerprint, runner)}-*")):
         with contextlib.suppress(ValueError):
             return tuple(int(side) for side in folder.name.partition("-")[2].split("x"))
     return None

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import rasterio
 from conftest import save_local_unet
+from rasterio.transform import from_origin
 
 import segcore.model
 from segcore.errors import ModelError, PlanError
@@ -18,7 +20,8 @@ from segcore.model.card import Model, load_card
 from segcore.model.onnx import OnnxSegmenter
 from segcore.model.openvino import OpenVinoSegmenter
 from segcore.model.probe import noise
-from segcore.spec import Settings
+from segcore.spec import Job, Settings
+from segcore.survey import Prospect, survey
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +53,9 @@ def test_what_torch_runs_is_run_in_nothing_else() -> None:
 
 
 @pytest.mark.parametrize(
-    "spoil", [lambda out: out * np.float32(1.01), lambda out: np.zeros_like(out)], ids=["a hundredth", "nothing"]
+    "spoil",
+    [lambda out: out * np.float32(1.01), lambda out: np.zeros_like(out), lambda out: out * np.float32(np.nan)],
+    ids=["a hundredth", "nothing", "NaN"],
 )
 def test_an_engine_that_says_otherwise_is_not_taken(
     local: Model,
@@ -104,3 +109,34 @@ def test_the_engine_is_no_part_of_what_a_product_is_known_by() -> None:
     assert Settings(engine="openvino").pixels() == Settings().pixels()
     with pytest.raises(PlanError, match="must be auto, onnxruntime or openvino"):
         Settings(engine="tensorrt")  # type: ignore[arg-type]
+
+
+def test_what_openvino_has_no_room_for_is_run_in_onnx_runtime(local: Model, tmp_path: Path) -> None:
+    scene = tmp_path / "scene.tif"
+    with rasterio.open(scene, "w", driver="GTiff", count=1, height=300, width=300, dtype="float32", crs="EPSG:32616",
+                       transform=from_origin(452475, 3408645, 30, 30)) as file:  # fmt: skip
+        file.write(np.random.default_rng(0).random((1, 300, 300)).astype(np.float32))
+
+    def surveyed(**settings: object) -> Prospect:
+        return survey(Job("scene", str(scene), str(local.folder), str(tmp_path / "out"), Settings(**settings)))  # type: ignore[arg-type]
+
+    roomy, tight = surveyed(memory=2**30), surveyed(memory=340 * 2**20)
+    assert (roomy.runner, roomy.engine) == ("openvino", "auto")
+    assert (tight.runner, tight.engine) == ("onnxruntime", "onnxruntime")
+    assert roomy.fingerprint == tight.fingerprint
+    assert roomy.scratch_root.name[:16] != tight.scratch_root.name[:16], "tiles of two engines lie side by side"
+    # What was begun in one engine is gone on with in it.
+    tight.scratch_root.mkdir(parents=True)
+    assert surveyed(memory=2**30).runner == "onnxruntime"
+    with pytest.raises(PlanError, match="budget; use --memory"):
+        surveyed(memory=340 * 2**20, engine="openvino")
+    with pytest.raises(PlanError, match="int8 is run in OpenVINO"):
+        surveyed(precision="int8", engine="onnxruntime")
+
+
+def test_a_batch_that_fails_leaves_the_engine_usable(local: Model) -> None:
+    segmenter = OpenVinoSegmenter(local.weights()[1], 2, 2)
+    good = noise((1, 1, 256, 256))
+    with pytest.raises(ModelError, match="OpenVINO failed on a batch"):
+        segmenter._network.run_all([[good], [noise((1, 3, 64, 64))]])
+    assert segmenter(good).shape == (1, 3, 256, 256)

@@ -201,7 +201,8 @@ STAGES = Stages((LEVEL, LEVEL), (Part(76e3, 528), Part(149e3, 640), Part(400e3, 
 def test_what_stages_cost_grows_with_what_is_done(n: int, more: int, chunk: int, levels: int) -> None:
     small, large = (4 * n, 4 * n), (4 * (n + more), 4 * n)
     staging = Staging(levels, (chunk, chunk))
-    assert STAGES.memory(small, Box.of(small), staging) <= 1.05 * STAGES.memory(large, Box.of(large), staging)
+    # Chunks are of one size, and so larger in an image that takes fewer of them.
+    assert STAGES.memory(small, Box.of(small), staging) <= 1.4 * STAGES.memory(large, Box.of(large), staging)
     assert STAGES.work(small, Box.of(small), staging) <= STAGES.work(large, Box.of(large), staging)
     part = Box((n, n), (2 * n, 2 * n))
     assert STAGES.memory(small, part, staging) <= STAGES.memory(small, Box.of(small), staging)

@@ -16,11 +16,11 @@ from segcore.model.card import Card, Model
 from segcore.model.probe import Network, largest_error, noise, rounding_of
 from segcore.model.quantise import Quantised
 from segcore.model.segmenter import Part, Segmenter
-from segcore.spec import STREAMS, Engine, Runner, usable_cores
+from segcore.spec import SAME_SCORES, STREAMS, Engine, Runner, usable_cores
 from segcore.staging import Stages, Staging
 
-#: Up to what the scores of two engines differ by rounding alone, relative to the largest of them: squeeze-excite makes
-#: 2e-4 of it, and bfloat16 would be some 4e-3 off.
+#: Up to what the scores of two engines differ by rounding alone, relative to the largest of them, of networks that are
+#: not local: squeeze-excite makes 2e-4 of it, and bfloat16 would be some 4e-3 off.
 _SAME = 1e-3
 #: Sides of the windows on which they are compared; networks with many levels want larger ones.
 _SIDES = (64, 128, 256)
@@ -81,22 +81,33 @@ def _load_onnx(model: Model, path: Path, threads: int, staging: Staging | None, 
     """An ONNX file in the engine that is asked for, or in the quicker one."""
     from segcore.model.onnx import OnnxPart, OnnxSegmenter
 
-    card = model.card
-    segmenter: Segmenter = OnnxSegmenter(path, threads)
-    load: Callable[[bytes, int, bool], Part] = OnnxPart
-    if runner_of(model, engine) == "openvino" and (engine == "openvino" or "CPU" in segmenter.engine):
-        from segcore.model.openvino import OpenVinoPart, OpenVinoSegmenter
-
+    card, usual = model.card, OnnxSegmenter(path, threads)
+    if runner_of(model, engine) == "openvino" and (engine == "openvino" or "CPU" in usual.engine):
         try:
+            from segcore.model.openvino import OpenVinoPart, OpenVinoSegmenter
+
             # Windows of one size are small: layers that are too small for all threads take turns.
             quicker = OpenVinoSegmenter(path, threads, 1 if card.local else min(threads, STREAMS))
-            if (error := _difference(segmenter, quicker, card)) > _SAME:
+            error = _difference(usual, quicker, card)
+            if not error <= (SAME_SCORES if card.local else _SAME):
                 raise ModelError(f"its scores are {error:.2g} of their size from those of ONNX Runtime")
-            segmenter, load = quicker, OpenVinoPart
-        except ModelError as fault:
+            return _in_stages(card, path, quicker, OpenVinoPart, threads, staging)
+        except (ModelError, ImportError) as fault:
             if engine == "openvino":
                 raise ModelError(f"model {card.name} does not run in OpenVINO: {fault}; leave --engine out") from fault
             _LOG.info("%s does not run in OpenVINO: %s", card.name, fault)
+    return _in_stages(card, path, usual, OnnxPart, threads, staging)
+
+
+def _in_stages(
+    card: Card,
+    path: Path,
+    segmenter: Segmenter,
+    load: Callable[[bytes, int, bool], Part],
+    threads: int,
+    staging: Staging | None,
+) -> Segmenter:
+    """The segmenter, its large windows in stages where that is asked for."""
     if staging is None or staging.levels == 0:
         return segmenter
     from segcore.model.staged import StagedSegmenter

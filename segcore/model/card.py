@@ -6,6 +6,7 @@ lie in an installed package. Unknown keys are an error, and so are weights with 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from importlib.metadata import PackageNotFoundError, distribution
@@ -208,9 +209,9 @@ class Card(_Strict):
         """Whether a network with a single output will do: the score of class 1, behind a sigmoid."""
         return self.activation == "sigmoid" and len(self.classes) == 2
 
-    def cost(self, runner: Runner = "onnxruntime") -> Cost:
-        """What a pixel costs the planner, the network run in this."""
-        return Cost(len(self.channels), len(self.classes), self.bytes_per_pixel, runner)
+    def cost(self, runner: Runner = "onnxruntime", weights: int = 0) -> Cost:
+        """What a pixel costs the planner, the network run in this; `weights`: bytes of its file."""
+        return Cost(len(self.channels), len(self.classes), self.bytes_per_pixel, runner, weights)
 
 
 class Model:
@@ -245,6 +246,13 @@ class Model:
                 f"not the weights that the card was made for: get them again, or make a new card"
             )
         return artifact, path
+
+    @property
+    def weights_bytes(self) -> int:
+        """Size of the file that `weights` checks; 0 where there is none."""
+        with contextlib.suppress(OSError, ValueError, ModelError):
+            return self._locate(self.card.artifacts[0]).stat().st_size
+        return 0
 
     def _locate(self, artifact: Artifact) -> Path:
         if not artifact.path.startswith("package:"):

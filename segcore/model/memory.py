@@ -50,7 +50,7 @@ def bytes_per_pixel(model: str, channels: int, found: Sighting, window: tuple[in
 def _measure_memory() -> None:
     """The child of `bytes_per_pixel`: what is held at the peak over the process at rest, in bytes, for each shape."""
     request = json.load(sys.stdin)
-    segmenter = load_segmenter(load_card(request["model"]), usable_cores())
+    segmenter = load_segmenter(load_card(request["model"]), usable_cores(), engine="onnxruntime")
     images = [np.full((1, request["channels"], *shape), 0.5, np.float32) for shape in request["shapes"]]
     rest, peaks = _held("VmRSS"), []
     for image in images:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import zipfile
 from collections.abc import Sequence
@@ -14,6 +15,9 @@ from segcore.box import Box
 from segcore.errors import ModelError, one_line
 from segcore.model.segmenter import Floats, Part, Segmenter, failure
 from segcore.spec import times
+
+#: Layers of which it keeps what it has compiled for a size.
+_KEPT = 64
 
 
 class OpenVinoPart:
@@ -31,6 +35,8 @@ class OpenVinoPart:
             "NUM_STREAMS": streams,
             "INFERENCE_PRECISION_HINT": "f32",
             "ENABLE_CPU_PINNING": False,
+            # What it compiles for a size of window it would keep for thousands of them: an archive has as many.
+            "CPU_RUNTIME_CACHE_CAPACITY": _KEPT,
         }
         try:
             core = openvino.Core()
@@ -65,6 +71,10 @@ class OpenVinoPart:
             # Copies: a request's own memory is filled again by the next call.
             return [np.array(request.get_output_tensor(0).data, dtype=np.float32) for request, _ in under_way]
         except Exception as error:
+            for request in self._requests:  # the others are still at work
+                with contextlib.suppress(Exception):
+                    request.wait()
+            self._requests.clear()
             shapes = ", ".join(times(array.shape) for given in all_given for array in given)
             raise failure("OpenVINO", f"a batch of shape {shapes}", _reason(error)) from error
 
@@ -99,7 +109,8 @@ class OpenVinoSegmenter:
 
 def _reason(error: Exception) -> str:
     """The last line of its text: the first ones name places in OpenVINO's source."""
-    return one_line(RuntimeError([line for line in str(error).splitlines() if line.strip()][-1:] or [repr(error)]))
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return one_line(RuntimeError(lines[-1] if lines else repr(error)))
 
 
 def _conforms(segmenter: OpenVinoSegmenter, part: OpenVinoPart) -> tuple[Segmenter, Part]:
