@@ -100,7 +100,9 @@ class GeoFrame:
                         if not np.array_equal(written.read(band, window=window_of(box)), read(box), equal_nan=True):
                             raise ProductError(f"{path} differs from what was written to it in {box}; run again")
         except GDAL_ERRORS as error:
-            raise ProductError(f"{path} does not read back ({one_line(error)}): is the disk full? Run again") from error
+            raise ProductError(
+                f"{path} does not read back ({one_line(error)}): is the disk full? Then free some space; run again"
+            ) from error
 
     def read_labels(self, path: Path, box: Box) -> Labels:
         try:

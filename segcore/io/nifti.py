@@ -139,7 +139,9 @@ class NiftiFrame:
                     if file.read(len(expected)) != expected:
                         raise ProductError(f"{path} differs from what was written to it; run again", retryable=True)
         except (OSError, EOFError, zlib.error, HeaderDataError) as error:
-            raise ProductError(f"{path} does not read back ({one_line(error)}): is the disk full? Run again") from error
+            raise ProductError(
+                f"{path} does not read back ({one_line(error)}): is the disk full? Then free some space; run again"
+            ) from error
 
     def read_labels(self, path: Path, box: Box) -> Labels:
         try:
