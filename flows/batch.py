@@ -176,9 +176,9 @@ def find_jobs(
     """The jobs of a run, or a refusal before anything is done.
 
     `folders`: how many names of folders are put in front of a product's name; `cluster`: whose workers label them, None
-    for this machine's. Raises SegcoreError where an argument
-    leads nowhere or to no scene at all, the model is not what its card says, two scenes would write the same product,
-    `out` cannot be written, or this machine has not so much memory.
+    for this machine's. Raises SegcoreError where an argument leads nowhere or to no scene at all, the model is not what
+    its card says, two scenes would write the same product, `out` cannot be written, or this machine has not so much
+    memory.
     """
     if cluster is None:
         check_memory(settings.memory)

@@ -71,7 +71,7 @@ class Prospect:
     @property
     def speed_key(self) -> str:
         """Under what name the speed of this model on this machine is remembered."""
-        return f"{self.model.digest} {self.job.settings.precision} {self.job.settings.engine}"
+        return f"{self.model.digest} {self.job.settings.precision} {self.runner}"
 
     @property
     def speed(self) -> Speed | None:

@@ -118,9 +118,8 @@ def _in_stages(
 def _difference(one: Segmenter, other: Segmenter, card: Card) -> float:
     """How far the scores of two engines are from each other on noise, relative to the largest. Raises ModelError."""
     sight = card.sight()
-    shapes = [sight.window] if sight.fixed and sight.window else []
-    shapes += [tuple(-(-side // s) * s for s in sight.stride) for side in _SIDES] if not shapes else []
-    for shape in shapes:
+    shapes = [tuple(-(-side // s) * s for s in sight.stride) for side in _SIDES]
+    for shape in [sight.window] if sight.fixed and sight.window else shapes:
         image = noise((1, len(card.channels), *shape))
         try:
             scores = one(image)
