@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Self
@@ -100,3 +100,13 @@ class Box:
 
     def __str__(self) -> str:
         return "[" + ", ".join(f"{a}:{b}" for a, b in zip(self.start, self.stop, strict=True)) + "]"
+
+
+def strips(shape: Sequence[int], pixels: int = 2**18) -> Iterator[slice]:
+    """Ranges of the first axis that cut an array of this shape into pieces of about so many pixels.
+
+    What is worked at piece by piece stays in the processor's cache, and its intermediate results in memory that the
+    process has: those of a whole tile would be new pages every time, which take longer than the arithmetic.
+    """
+    rows = max(1, pixels * shape[0] // max(1, prod(shape)))
+    return (slice(start, min(start + rows, shape[0])) for start in range(0, shape[0], rows))

@@ -34,11 +34,17 @@ Tiling = Literal["exact", "measured", "blend"]
 
 #: Bytes of a worker process with its libraries before it holds any tile, GDAL's block cache among them, and what is
 #: added by what the network is run in (measured).
-PROCESS_BYTES, RUNNER_BYTES = 280 * 2**20, {"onnxruntime": 0, "openvino": 100 * 2**20, "torch": 140 * 2**20}
+PROCESS_BYTES, RUNNER_BYTES = 280 * 2**20, {"onnxruntime": 0, "openvino": 200 * 2**20, "torch": 140 * 2**20}
 #: Pixels of a core beyond which a larger one saves little and a lost one costs much.
 LARGEST_CORE = 2**22
+#: Pixels of a core below which smaller ones are taken only where memory wants it.
+SMALLEST_CORE = 2**19
 #: Larger cores are taken where they save work: so much of it for each doubling.
 _STAKE = 0.06
+#: Time in which a process takes the memory from the system that a pixel needs in the engine, relative to that in which
+#: the pixel is inferred (measured on OpenVINO: 0.25 to 0.9). It is taken once, so that small tiles spare a small scene
+#: most; large ones (pixels) are all treated alike, so that memory does not follow the scene.
+_TAKING, _LARGE = 0.5, 2**24
 #: Time of a multiply-add in stages, relative to one in a pass over a large window (measured): ONNX Runtime gains by
 #: smaller arrays, which stay in cache; OpenVINO keeps its arrays from window to window, and pays for new ones.
 _STAGED_PACE = {"onnxruntime": 0.75, "openvino": 1.25, "torch": 1.0}
@@ -103,9 +109,18 @@ class Plan:
     def __len__(self) -> int:
         return prod(self.counts)
 
+    @property
+    def middle(self) -> Index:
+        """The tile that needs most. Of two on an axis the first, since the last tile may be a sliver."""
+        return tuple((n - 1) // 2 for n in self.counts)
+
     def indices(self) -> Iterator[Index]:
-        """Every tile's index, in the order of the scene's array."""
-        return product(*map(range, self.counts))
+        """Every tile's index: of the one that needs most, then the others in the order of the scene's array.
+
+        So an engine that keeps its arrays from window to window makes them once, and what does not fit shows at once.
+        """
+        yield self.middle
+        yield from (index for index in product(*map(range, self.counts)) if index != self.middle)
 
     @property
     def halo(self) -> Sides:
@@ -287,15 +302,17 @@ def make_plan(
         return plan
 
     def price(plan: Plan) -> float:
-        return plan.work * pace(plan) * _stake(plan)
+        taken = plan._halo_window(_middle(plan)).size if chosen != "blend" else 0
+        return (plan.work * pace(plan) + _TAKING * taken / min(prod(canvas), _LARGE)) * _stake(plan)
 
     best: Plan | None = None
     for side in _sides(grid, canvas, sight, chosen):
         plan = plan_of(tuple(min(n, s) for n, s in zip(grid.shape, side, strict=True)), thorough=False)
-        if plan.memory <= memory:
-            if chosen == "blend" or prod(plan.core) <= LARGEST_CORE:
-                return min((plan, best), key=price) if best else plan
-            best = min((plan, best), key=price) if best else plan
+        if plan.memory > memory:
+            continue
+        best = min((plan, best), key=price) if best else plan
+        if prod(plan.core) <= (LARGEST_CORE if chosen == "blend" else SMALLEST_CORE):
+            break
     if best is not None:
         return best
     plan = plan_of(plan.core)
@@ -366,8 +383,8 @@ def _balanced(length: int, side: int, unit: int) -> int:
 
 
 def _middle(plan: Plan) -> Box:
-    """The target of the tile that needs most: in the middle. Of two on an axis the first; the last may be a sliver."""
-    return plan._target(plan.core_box(tuple((n - 1) // 2 for n in plan.counts)))
+    """The target of the tile that needs most."""
+    return plan._target(plan.core_box(plan.middle))
 
 
 def _stagings(plan: Plan, stages: Stages) -> Iterator[Staging]:
@@ -382,7 +399,7 @@ def _with_memory(plan: Plan, cost: Cost, stages: Stages | None, staging: Staging
     windows may be too many to list when the plan is about to be refused.
     """
     target = _middle(plan)
-    core = plan.core_box(tuple((n - 1) // 2 for n in plan.counts))
+    core = plan.core_box(plan.middle)
     if plan.mode != "blend":
         hull = window = plan._halo_window(target)
         count = 1
@@ -391,8 +408,12 @@ def _with_memory(plan: Plan, cost: Cost, stages: Stages | None, staging: Staging
         window = plan._window(tuple(r[0] for r in ranges))
         hull = window | plan._window(tuple(r[-1] for r in ranges))
         count = prod(map(len, ranges))
-    array = 4 * cost.channels * (2 * plan._read(hull).size + 2 * hull.size)
-    scores = 4 * cost.classes * (2 * target.size + core.size) + 8 * core.size
+    # As it is read, what is stored and its physical values; a hull of its own where these are not what is shown.
+    as_read = plan.mode != "blend" and plan.rescale.identity
+    array = 4 * cost.channels * (2 * plan._read(hull).size + (0 if as_read else 2 * hull.size))
+    # What the engine gives back, the scores of it, and those on the scene's grid; labels, and what is valid.
+    scores = 4 * cost.classes * (window.size + target.size + (0 if as_read else target.size + core.size))
+    scores += 3 * core.size
     in_flight = min(TILES_IN_FLIGHT, len(plan))
     at_once = STREAMS if plan.mode == "blend" and not plan.sight.local and cost.runner == "openvino" else 1
     engine, relative = int(at_once * cost.engine_bytes_per_pixel * window.size), 1.0

@@ -1,6 +1,7 @@
-"""Whether a network in 8-bit integers says what it says in floats: measured on the scene that it is to label.
+"""Whether a network in shorter numbers says what it says in fp32: measured on the scene that it is to label.
 
-It is calibrated on some places of a scene, and its labels are compared with those of fp32 at others.
+In 8-bit integers it is calibrated on some places of a scene, and its labels are compared with those of fp32 at others;
+in bfloat16 there is nothing to calibrate.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from segcore.io.source import Floats
 from segcore.model import load_segmenter
 from segcore.model.card import Model
 from segcore.model.quantise import Quantised, quantise
+from segcore.model.segmenter import Segmenter
 from segcore.plan import Plan, Tile
-from segcore.spec import usable_cores
+from segcore.spec import Precision, usable_cores
 from segcore.tile import Labeller
 
 #: Places of a scene that are calibrated on, and as many others that are compared.
@@ -35,12 +37,12 @@ _SIDE, _PARTS = {1: 1024, 2: 256, 3: 64}, {1: 16, 2: 4, 3: 3}
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What a network in int8 was found to be worth on a scene.
+    """What a network in shorter numbers was found to be worth on a scene.
 
     `agreement`: share of its labels that are those of fp32, of `pixels` valid pixels at `places` that it was not
-    calibrated on; `of_class`, `kept`: how many of these fp32 gives each class, and how many of them int8 gives it, too;
-    `calibration`, `sha256`: which network it was; `engine`: what ran it; `speed`: seconds of fp32 over
-    its own, for the same pixels.
+    calibrated on; `of_class`, `kept`: how many of these fp32 gives each class, and how many of them it gives it, too;
+    `calibration`, `sha256`: which network in int8 it was, None of others; `engine`: what ran it; `speed`: seconds of
+    fp32 over its own, for the same pixels; `precision`: its numbers.
     """
 
     agreement: float
@@ -48,10 +50,11 @@ class Proof:
     places: int
     of_class: tuple[int, ...]
     kept: tuple[int, ...]
-    calibration: str
-    sha256: str
+    calibration: str | None
+    sha256: str | None
     engine: str
     speed: float
+    precision: Precision = "int8"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -62,40 +65,70 @@ class Proof:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What a person should know who asked for int8 to be quicker."""
+        """What a person should know who asked for other numbers to be quicker."""
         if self.speed >= 1:
             return ()
-        return (f"int8 was slower here than fp32 ({self.speed:.2f} times its speed); leave --precision int8 out",)
+        name = self.precision
+        return (f"{name} was slower here than fp32 ({self.speed:.2f} times its speed); leave --precision {name} out",)
 
     def check(self, limit: float, model: str) -> None:
         """Raises ModelError where the agreement is below the limit, or says nothing: labels that are all alike."""
+        name = self.precision
         if sum(count > 0 for count in self.of_class) < 2:
             raise ModelError(
                 f"model {model} in fp32 gives all {self.pixels} pixels at {self.places} places of the scene one label, "
-                f"so that nothing is proved of int8; leave --precision int8 out"
+                f"so that nothing is proved of {name}; leave --precision {name} out"
             )
         if self.agreement < limit:
             raise ModelError(
-                f"model {model} in int8 gives {self.agreement:.4%} of the labels that it gives in fp32 ({self.pixels} "
-                f"pixels at {self.places} places of the scene), and {limit:.4%} is wanted; leave --precision int8 out, "
-                f"or accept less with --agreement {self.agreement - 5e-5:.4f}"
+                f"model {model} in {name} gives {self.agreement:.4%} of the labels that it gives in fp32 "
+                f"({self.pixels} pixels at {self.places} places of the scene), and {limit:.4%} is wanted; leave "
+                f"--precision {name} out, or accept less with --agreement {self.agreement - 5e-5:.4f}"
             )
 
 
-def prove(labeller: Labeller, model: Model, path: Path, kept: Quantised | None, calibration: str) -> Proof:
-    """Compare a network in int8 with the labeller's own, in fp32, on places of the scene.
+def prove_bf16(labeller: Labeller, model: Model) -> Proof:
+    """Compare a network in bfloat16 with the labeller's own, in fp32, on places of the scene.
+
+    Raises ModelError, SceneError.
+    """
+    seen, (_, compared) = _looked_at(labeller, "bf16")
+    segmenter = load_segmenter(model, usable_cores(), precision="bf16")
+    return _compared(labeller, seen, segmenter, compared, "bf16")
+
+
+def prove_int8(labeller: Labeller, model: Model, path: Path, kept: Quantised | None, calibration: str) -> Proof:
+    """The same for a network in int8.
 
     It is `kept`, or made in the file `path` from other places of the scene, and then of this `calibration`. Raises
     ModelError, SceneError.
     """
-    seen = replace(labeller, plan=_without_halo(labeller.plan), segmenter=_Onlooker(len(labeller.card.classes)))
-    calibrated_on, compared = _places(seen)
-    if not compared:
-        raise ModelError(
-            f"{labeller.source.uri} has too few valid pixels to prove a network in int8 on; leave --precision int8 out"
-        )
+    seen, (calibrated_on, compared) = _looked_at(labeller, "int8")
     network = kept or Quantised(path, quantise(model.weights()[1], _shown(seen, calibrated_on), path), calibration)
     segmenter = load_segmenter(model, usable_cores(), quantised=network)
+    return _compared(labeller, seen, segmenter, compared, "int8", network)
+
+
+def _looked_at(labeller: Labeller, precision: Precision) -> tuple[Labeller, tuple[list[Tile], list[Tile]]]:
+    """A labeller that shows what the network sees, and places to calibrate on and to compare."""
+    seen = replace(labeller, plan=_without_halo(labeller.plan), segmenter=_Onlooker(len(labeller.card.classes)))
+    places = _places(seen)
+    if not places[1]:
+        raise ModelError(
+            f"{labeller.source.uri} has too few valid pixels to prove a network in {precision} on; leave --precision "
+            f"{precision} out"
+        )
+    return seen, places
+
+
+def _compared(
+    labeller: Labeller,
+    seen: Labeller,
+    segmenter: Segmenter,
+    compared: list[Tile],
+    precision: Precision,
+    network: Quantised | None = None,
+) -> Proof:
     plain = replace(seen, segmenter=labeller.segmenter)
     quick = replace(seen, segmenter=segmenter)
     for warm in (plain, quick):  # what is done once for each size of window does not count
@@ -117,10 +150,11 @@ def prove(labeller: Labeller, model: Model, path: Path, kept: Quantised | None, 
         len(compared),
         tuple(map(int, of_class)),
         tuple(map(int, same)),
-        network.calibration,
-        network.sha256,
+        network.calibration if network else None,
+        network.sha256 if network else None,
         segmenter.engine,
         round(slow_seconds / max(quick_seconds, 1e-9), 2),
+        precision,
     )
 
 
@@ -141,7 +175,7 @@ class _Onlooker:
 
 
 def _without_halo(plan: Plan) -> Plan:
-    """The same plan, with windows that show a place and no more: in int8 and in fp32 they show the same."""
+    """The same plan, with windows that show a place and no more: in all numbers they show the same."""
     return plan if plan.mode == "blend" else plan.with_halo(((0, 0),) * len(plan.core))
 
 

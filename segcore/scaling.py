@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from segcore.box import strips
 from segcore.errors import SceneError
 from segcore.io.source import Floats, Source, slabs
 from segcore.model.card import Affine, ClipPercentiles, Fill, Standardise, Step
@@ -27,14 +28,17 @@ class Operation:
     b: tuple[float, ...]
 
     def __call__(self, values: Floats) -> Floats:
+        """The step on values (C, *spatial), in place."""
         shape = (-1, *(1,) * (values.ndim - 1))
         a = np.array(self.a, np.float32).reshape(shape)
         b = np.array(self.b, np.float32).reshape(shape)
         if self.kind == "clip":
-            return np.clip(values, a, b)
+            return np.clip(values, a, b, out=values)
         if self.kind == "affine":
-            return values * a + b
-        return np.where(np.isnan(values), a, values)
+            np.multiply(values, a, out=values)
+            return np.add(values, b, out=values)
+        np.copyto(values, a, where=np.isnan(values))
+        return values
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +48,13 @@ class Scaling:
     operations: tuple[Operation, ...]
 
     def __call__(self, values: Floats) -> Floats:
-        """Scaled values (C, *spatial), free of NaN, from physical ones in which NaN marks invalid pixels."""
-        for operation in self.operations:
-            values = operation(values)
-        return np.where(np.isnan(values), np.float32(0), values)
+        """Scaled values (C, *spatial), free of NaN, from physical ones in which NaN marks invalid pixels; in place."""
+        for rows in strips(values.shape[1:]):
+            piece = values[:, rows]
+            for operation in self.operations:
+                operation(piece)
+            piece[np.isnan(piece)] = 0
+        return values
 
     def to_json(self) -> list[dict[str, Any]]:
         return [{"kind": op.kind, "a": list(op.a), "b": list(op.b)} for op in self.operations]
@@ -174,7 +181,7 @@ def _scene_after(operations: tuple[Operation, ...], source: Source) -> Callable[
             values = source.read(box)
             for operation in operations:
                 if operation.kind != "fill":
-                    values = operation(values)
+                    operation(values)
             yield values
 
     return blocks

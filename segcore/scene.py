@@ -25,7 +25,7 @@ from segcore.io.scratch import Scratch
 from segcore.lock import Guard, Guarding, empty, held, locked
 from segcore.model import load_segmenter
 from segcore.model.quantise import Quantised, find_quantised, keep_quantised, put
-from segcore.precision import Proof, prove
+from segcore.precision import Proof, prove_bf16, prove_int8
 from segcore.publish import ClassShare, class_shares, is_current, legend_of, manifest_of, manifest_path, publish
 from segcore.scaling import Scaling, fit_scaling
 from segcore.seams import Measured, SeamReport, measure_halo, report_seams
@@ -157,7 +157,7 @@ def _segment(
                 check_range(source, card)
                 scaling = _kept(scratch.root / "scaling.json", Scaling, lambda: fit_scaling(card.scaling, source))
             recipe = Recipe(plan, prospect.model, source, scaling, scratch, engine=prospect.engine)
-            recipe, proof = _quantise(recipe, workers, prospect)
+            recipe, proof = _in_precision(recipe, workers, prospect)
             halo = _measure_halo(recipe, workers, job.settings.tolerance)
             if halo is not None:
                 plan = plan.with_halo(halo.halo)
@@ -175,7 +175,7 @@ def _segment(
                     )
                 facts = {
                     **provenance(prospect, created, tally.engine),
-                    **({"segflow:int8": proof.to_json()} if proof else {}),
+                    **({f"segflow:{proof.precision}": proof.to_json()} if proof else {}),
                     **({"segflow:measured_halo": halo.to_json()} if halo else {}),
                     "segflow:classes": [share.to_json() for share in shares],
                     "segflow:valid_fraction": round(sum(share.pixels for share in shares) / source.grid.size, 6),
@@ -255,7 +255,9 @@ def check_seams(product: Path) -> SeamReport:
     if prospect.calibration and network is None:
         raise ProductError(f"{product}: the network in int8 that made it is no longer kept; run the scene again")
     made_in: Engine = "openvino" if engine == "openvino" else "onnxruntime" if engine == "onnxruntime" else "auto"
-    segmenter = load_segmenter(prospect.model, usable_cores(), quantised=network, engine=made_in)
+    segmenter = load_segmenter(
+        prospect.model, usable_cores(), quantised=network, engine=made_in, precision=settings.precision
+    )
     with tempfile.TemporaryDirectory() as folder:
         source = prospect.source.stage(Path(folder))
         labeller = Labeller(plan, prospect.model.card, source, scaling, segmenter)
@@ -293,14 +295,25 @@ def _label_all(recipe: Recipe, workers: Workers, progress: Progress, deadlines: 
     return len(done), tally
 
 
-def _quantise(recipe: Recipe, workers: Workers, prospect: Prospect) -> tuple[Recipe, Proof | None]:
-    """The recipe with the network in int8, where that is wanted, and what it was found to be worth on this scene.
+def _in_precision(recipe: Recipe, workers: Workers, prospect: Prospect) -> tuple[Recipe, Proof | None]:
+    """The recipe in the numbers that are wanted, and what these were found to be worth on this scene; None in fp32.
 
-    The network lies beside the tiles: a restart takes the very same, and so does every worker. Raises ModelError where
-    it agrees too little with fp32.
+    Raises ModelError where the network agrees too little with itself in fp32.
     """
-    if prospect.calibration is None:
+    model, settings = prospect.model, prospect.job.settings
+    if settings.precision == "int8":
+        return _quantised(recipe, workers, prospect)
+    if settings.precision == "fp32":
         return recipe, None
+    work = partial(prove_bf16, model=model)
+    proof = _kept(recipe.scratch.root / "bf16.json", Proof, lambda: run_once(recipe, workers, work))
+    proof.check(settings.agreement, model.card.name)
+    return replace(recipe, precision=settings.precision), proof
+
+
+def _quantised(recipe: Recipe, workers: Workers, prospect: Prospect) -> tuple[Recipe, Proof]:
+    """The same in int8. The network lies beside the tiles: a restart takes the very same, and so does every worker."""
+    assert prospect.calibration is not None
     model, path = prospect.model, recipe.scratch.root / "int8.zip"
     kept = find_quantised(model)
     if kept is not None and kept.calibration == prospect.calibration:
@@ -311,10 +324,11 @@ def _quantise(recipe: Recipe, workers: Workers, prospect: Prospect) -> tuple[Rec
         kept = replace(kept, path=path)
     else:  # this scene is calibrated on, whatever another run has kept since
         kept = None
-    work = partial(prove, model=model, path=path, kept=kept, calibration=prospect.calibration)
+    work = partial(prove_int8, model=model, path=path, kept=kept, calibration=prospect.calibration)
     proof = _kept(recipe.scratch.root / "int8.json", Proof, lambda: run_once(recipe, workers, work))
     proof.check(prospect.job.settings.agreement, model.card.name)
-    network = Quantised(path, proof.sha256, proof.calibration)
+    assert proof.sha256 is not None
+    network = Quantised(path, proof.sha256, prospect.calibration)
     keep_quantised(model, network)
     return replace(recipe, quantised=network), proof
 

@@ -22,13 +22,13 @@ from segcore.errors import PlanError
 from segcore.spec import Runner, Sides, times
 
 #: Sides of chunks to choose from (pixels of their level, halo included), by number of axes.
-CHUNKS = {2: (256, 384, 512), 3: (48, 64, 80, 96, 128)}
+CHUNKS = {2: (256, 384, 512), 3: (48, 64, 80, 96, 128, 160)}
 #: Bytes of a value: float32.
 _VALUE = 4
 #: What an engine holds beside the arrays of a network, and the heap beside what is in use (measured), as a factor.
 _WORKING = {"onnxruntime": 1.15, "openvino": 1.25, "torch": 1.15}
-#: An arena grows in powers of two: what chunks hold of it, as a factor.
-_ARENA = 1.5
+#: The arena of ONNX Runtime grows in powers of two: what chunks hold of it, as a factor.
+_ARENA = {"onnxruntime": 1.5, "openvino": 1.0, "torch": 1.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,14 +188,14 @@ class Stages:
         if depth == 0:
             return int(_WORKING[runner] * (self.inner[0].bytes - _VALUE * self.channels) * prod(window))
         # Pages of the scores that are outside of what is wanted are never touched.
-        return int(_WORKING[runner] * max(held for held, _ in self._steps(window, wanted, staging, depth)))
+        return int(_WORKING[runner] * max(held for held, _ in self._steps(window, wanted, staging, depth, runner)))
 
     def work(self, window: tuple[int, ...], wanted: Box, staging: Staging) -> float:
         """Multiply-adds of one window of which a box is wanted."""
         depth = self.depth(window, staging)
         if depth == 0:
             return self.inner[0].work * prod(window)
-        return sum(work for _, work in self._steps(window, wanted, staging, depth))
+        return sum(work for _, work in self._steps(window, wanted, staging, depth, "onnxruntime"))
 
     def choices(self, window: tuple[int, ...]) -> Iterator[Staging]:
         """Stagings worth a look for a window of this shape, the plain pass first; see `memory` and `work`."""
@@ -212,16 +212,17 @@ class Stages:
                     yield staging
 
     def _steps(
-        self, window: tuple[int, ...], wanted: Box, staging: Staging, depth: int
+        self, window: tuple[int, ...], wanted: Box, staging: Staging, depth: int, runner: Runner
     ) -> Iterator[tuple[float, float]]:
         """Bytes held and multiply-adds of every step, in order: down, down, ..., inner, up, up, ..."""
+        arena = _ARENA[runner]
         shapes, boxes, kept = [window], [wanted], [0.0]
         for level in self.levels[:depth]:
             shape = shapes[-1]
             found = chunks(shape, Box.of(shape), level.down_halo, level.factor, staging.chunk)
             size = found[0].read.size
             kept.append(kept[-1] + _VALUE * level.pooled * prod(coarse(shape, level.factor)))
-            yield kept[-1] + _ARENA * level.down.bytes * size, level.down.work * size * len(found)
+            yield kept[-1] + arena * level.down.bytes * size, level.down.work * size * len(found)
             shapes.append(coarse(shape, level.factor))
             boxes.append(inside(boxes[-1], shape, level))
         inner = self.inner[depth]
@@ -235,7 +236,7 @@ class Stages:
             found = chunks(shape, boxes[i], level.up_halo, level.factor, staging.chunk)
             size = found[0].read.size
             above = _VALUE * (self.levels[i - 1].risen if i else self.scores) * boxes[i].size
-            yield kept[i] + risen + above + _ARENA * level.up.bytes * size, level.up.work * size * len(found)
+            yield kept[i] + risen + above + arena * level.up.bytes * size, level.up.work * size * len(found)
             risen = above
 
 

@@ -20,7 +20,7 @@ from segcore.grid import Grid
 from segcore.io import open_scene
 from segcore.io.source import Source, Wanted
 from segcore.machine import free_memory
-from segcore.model import check_int8, runner_of, stages_of
+from segcore.model import check_precision, runner_of, stages_of
 from segcore.model.card import Card, Model, load_card
 from segcore.model.quantise import find_quantised
 from segcore.plan import Plan, make_plan
@@ -42,7 +42,7 @@ class Prospect:
     """What is known of a job before any heavy work: headers, card, plan and the fingerprint of the product.
 
     `runner`: what the network is run in; `calibration`: digest of the scene that a network in int8 is calibrated on,
-    and of how it was read; None in fp32.
+    and of how it was read; None in floats.
     """
 
     job: Job
@@ -127,7 +127,7 @@ def survey(job: Job, core: tuple[int, ...] | None = None) -> Prospect:
     def plan_with(runner: Runner, core: tuple[int, ...] | None) -> Plan:
         measured = job.settings.tolerance is not None
         cost, mode = model.card.cost(runner, model.weights_bytes), job.settings.mode
-        stages = _stages_of(model, canvas) if calibration is None else None
+        stages = _stages_of(model, canvas) if job.settings.precision == "fp32" else None
         return make_plan(
             source.grid, canvas, sight, cost, memory, core=core, mode=mode, measured=measured, stages=stages
         )
@@ -150,9 +150,12 @@ def _runners(model: Model, job: Job) -> list[Runner]:
     Raises ModelError, PlanError for what cannot be.
     """
     runner = runner_of(model, job.settings.engine)
-    if job.settings.precision == "int8":
+    if (precision := job.settings.precision) != "fp32":
+        check_precision(model, precision)
         if job.settings.engine == "onnxruntime":
-            raise PlanError("--precision int8 is run in OpenVINO; leave --engine onnxruntime or --precision int8 out")
+            raise PlanError(
+                f"--precision {precision} is run in OpenVINO; leave --engine onnxruntime or --precision {precision} out"
+            )
         return ["openvino"]
     return [runner, "onnxruntime"] if runner == "openvino" and job.settings.engine == "auto" else [runner]
 
@@ -265,15 +268,9 @@ def _stages_in(path: Path, channels: int, _digest: str) -> Stages | None:
 
 
 def _calibration(job: Job, model: Model, source: Source) -> str | None:
-    """What a network in int8 is calibrated on, None in fp32: the scene of the one that is kept, or else this one.
-
-    Raises PlanError, ModelError where the precision is not to be had.
-    """
-    if job.settings.precision == "fp32":
+    """What a network in int8 is calibrated on, None in floats: the scene of the one that is kept, or else this one."""
+    if job.settings.precision != "int8":
         return None
-    if job.settings.precision == "bf16":
-        raise PlanError("--precision bf16 is for a GPU, and none is used here; leave it out, or try --precision int8")
-    check_int8(model)
     if (kept := find_quantised(model)) is not None:
         return kept.calibration
     mine = {"input": source.identity(), "settings": job.settings.pixels()}

@@ -27,8 +27,7 @@ from segcore.model.quantise import Quantised
 from segcore.model.segmenter import Segmenter
 from segcore.plan import TILES_IN_FLIGHT, Index, Plan
 from segcore.scaling import Scaling
-from segcore.spec import Engine
-from segcore.staging import Staging
+from segcore.spec import Engine, Precision
 from segcore.tile import Labeller
 
 PLUGIN = "segflow"
@@ -44,7 +43,7 @@ T = TypeVar("T")
 class Recipe:
     """All that a worker has to know to label tiles of one scene.
 
-    `quantised`: the network in int8 that is run; `engine`: what else runs it.
+    `quantised`: the network in int8 that is run; `engine`: what else runs it, in this `precision`.
     """
 
     plan: Plan
@@ -54,6 +53,7 @@ class Recipe:
     scratch: Scratch
     quantised: Quantised | None = None
     engine: Engine = "auto"
+    precision: Precision = "fp32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,10 +130,10 @@ class Bench(WorkerPlugin):  # type: ignore[misc]
 
     def segmenter(self, recipe: Recipe) -> Segmenter:
         """The network of a recipe, loaded on first use."""
-        staging, quantised, engine = recipe.plan.staging, recipe.quantised, recipe.engine
-        key = f"{recipe.model.digest} {quantised.sha256 if quantised else (staging, engine)}"
+        how = recipe.quantised.sha256 if recipe.quantised else (recipe.plan.staging, recipe.engine, recipe.precision)
+        key = f"{recipe.model.digest} {how}"
         with self._lock:
-            once = _Once(lambda: _load(recipe.model, self._threads, staging, quantised, engine))
+            once = _Once(lambda: _load(recipe, self._threads))
             shelved = _recent(self._segmenters, key, lambda: once, keep=2)
         return shelved.value()
 
@@ -197,10 +197,9 @@ class Bench(WorkerPlugin):  # type: ignore[misc]
             return self._active[key]
 
 
-def _load(
-    model: Model, threads: int, staging: Staging | None, quantised: Quantised | None, engine: Engine
-) -> Segmenter:
-    segmenter = load_segmenter(model, threads, staging, quantised, engine)
+def _load(recipe: Recipe, threads: int) -> Segmenter:
+    model, staging = recipe.model, recipe.plan.staging
+    segmenter = load_segmenter(model, threads, staging, recipe.quantised, recipe.engine, recipe.precision)
     _LOG.info("%s %s runs in %s", model.card.name, model.card.version, segmenter.engine)
     return segmenter
 

@@ -92,6 +92,24 @@ def test_every_type_with_scale_offset_and_nodata(make: Callable[..., Path], dtyp
     assert np.array_equal(out, np.where(values == 7, np.nan, values * 2.0 + 1).astype(np.float32), equal_nan=True)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "nodata"),
+    [("uint8", 0), ("uint16", 65535), ("int16", -32768), ("int32", -(2**31)), ("uint32", 2**32 - 1), ("float32", 0.1),
+     ("float64", -1e300), ("float32", float("nan")), ("int64", 2**40)],
+)  # fmt: skip
+def test_nodata_is_what_gdal_masks(make: Callable[..., Path], dtype: str, nodata: float) -> None:
+    """Where a value says by itself what is not valid, GDAL is not asked: it would read the file again."""
+    values = RNG.integers(1, 100, (2, 600, 700)).astype(dtype)
+    values[0, 5:90, 40:300] = nodata
+    path = make(values, nodata=nodata, names=["a", "b"])
+    out = raster_file(str(path), "scene", wanted("a", "b")).read(Box.of((600, 700)))
+    with rasterio.open(path) as file:
+        masked = file.read_masks() == 0
+    assert masked.any()
+    assert np.array_equal(np.isnan(out), masked)
+    assert np.array_equal(out[~masked], values[~masked].astype(np.float32))
+
+
 def test_nan_infinity_masks_and_alpha_are_invalid(make: Callable[..., Path]) -> None:
     values = RNG.random((1, 6, 6)).astype(np.float32)
     values[0, 0, 0], values[0, 1, 1] = np.nan, -np.inf

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openvino
 import pytest
 import rasterio
 
@@ -17,6 +18,7 @@ from segcore import model as engines
 from segcore.errors import ModelError, PlanError
 from segcore.execute import Workers
 from segcore.io import product_name
+from segcore.model import load_segmenter
 from segcore.model.card import load_card
 from segcore.model.quantise import Quantised, find_quantised, keep_quantised, quantise
 from segcore.precision import Proof
@@ -93,9 +95,48 @@ def test_products_of_fp32_keep_their_fingerprints() -> None:
     assert Settings(agreement=0.9, precision="int8").pixels() == Settings(precision="int8").pixels()
 
 
-def test_bf16_is_refused_without_a_gpu(river: Path, windowed: Path, tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match="bf16 is for a GPU"):
+def test_bf16_is_refused_where_nothing_runs_it(
+    river: Path, windowed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(PlanError, match="bf16 is run in OpenVINO; leave --engine onnxruntime or --precision bf16 out"):
+        survey(job(river, windowed, tmp_path, precision="bf16", engine="onnxruntime"))
+
+    class Old:
+        def get_property(self, device: str, name: str) -> list[str]:
+            return ["FP32", "INT8"]
+
+    with monkeypatch.context() as changed:
+        changed.setattr(openvino, "Core", Old)
+        with pytest.raises(ModelError, match="no arithmetic for bfloat16"):
+            load_segmenter(load_card(str(windowed)), 1, precision="bf16")
+    monkeypatch.setattr(engines, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match="pip install openvino"):
         survey(job(river, windowed, tmp_path, precision="bf16"))
+
+
+@pytest.mark.skipif(
+    "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"), reason="needs a CPU with bfloat16"
+)
+def test_bf16_end_to_end(river: Path, windowed: Path, tmp_path: Path, workers: Workers) -> None:
+    """Proved, and tiled alike; nothing is kept of it."""
+    segment_scene(job(river, windowed, tmp_path / "fp32", precision="fp32"), workers)
+    whole = segment_scene(job(river, windowed, tmp_path / "whole", precision="bf16"), workers)
+    found = properties(whole.product)["segflow:bf16"]
+    assert 0.9 < found["agreement"] < 1
+    assert found["precision"] == "bf16"
+    assert found["sha256"] is None
+    assert "bf16" in found["engine"]
+    assert "bf16" in whole.engine
+    a, b = (np.frombuffer(mask_of(tmp_path / name, river), np.uint8) for name in ("fp32", "whole"))
+    assert 0 < np.count_nonzero(a != b) < 0.1 * a.size
+    assert ((a == 255) == (b == 255)).all()
+    tiled = segment_scene(job(river, windowed, tmp_path / "tiled", precision="bf16", tile=160), workers)
+    assert properties(tiled.product)["segflow:plan"]["counts"] == [2, 3]
+    assert mask_of(tmp_path / "tiled", river) == mask_of(tmp_path / "whole", river)
+    assert check_seams(Path(tiled.product)).clean
+    assert segment_scene(job(river, windowed, tmp_path / "whole", precision="bf16"), workers).state == "up to date"
+    with pytest.raises(ModelError, match=r"in bf16 gives .* 100\.0000% is wanted; leave --precision bf16 out"):
+        segment_scene(job(river, windowed, tmp_path / "refused", precision="bf16", agreement=1.0), workers)
 
 
 def test_engine_that_is_not_installed(
@@ -126,7 +167,7 @@ def test_refusal_says_how_far_it_is(windowed: Path) -> None:
 
 
 def test_labels_that_are_all_alike_prove_nothing() -> None:
-    proof = Proof(1.0, 1000, 8, (0, 0, 1000), (0, 0, 1000), "c", "s", "openvino", 4.0)
+    proof = Proof(1.0, 1000, 8, (0, 0, 1000), (0, 0, 1000), None, None, "openvino", 4.0, "bf16")
     with pytest.raises(ModelError, match="one label, so that nothing is proved"):
         proof.check(0.995, "constant")
     assert Proof.from_json(json.loads(json.dumps(proof.to_json()))) == proof

@@ -58,8 +58,9 @@ def test_percentiles_are_those_of_numpy(n: int, seed: int, kind: str, rank: floa
 
 def test_invalid_pixels_become_zero_unless_filled() -> None:
     values = np.array([[[1, np.nan]]], np.float32)
-    assert fit_scaling((Affine(offset=5.0),), ArrayScene(values, "yx"))(values).tolist() == [[[6, 0]]]
-    assert fit_scaling((Fill(value=2.0), Affine(offset=5.0)), ArrayScene(values, "yx"))(values).tolist() == [[[6, 7]]]
+    scene = ArrayScene(values, "yx")
+    assert fit_scaling((Affine(offset=5.0),), scene)(values.copy()).tolist() == [[[6, 0]]]
+    assert fit_scaling((Fill(value=2.0), Affine(offset=5.0)), scene)(values.copy()).tolist() == [[[6, 7]]]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import datetime as datetime_type
@@ -26,7 +26,7 @@ from rasterio.enums import ColorInterp, MaskFlags, Resampling
 from rasterio.errors import RasterioIOError
 from rasterio.io import DatasetReader
 
-from segcore.box import Box
+from segcore.box import Box, strips
 from segcore.errors import SceneError, one_line
 from segcore.files import is_remote
 from segcore.grid import Grid, Rescale
@@ -160,21 +160,14 @@ class Raster:
         )
 
     def read(self, box: Box) -> Floats:
+        files = list(self._by_file())
+        if len(files) == 1:
+            return self._read_file(*files[0], box)
         out = np.empty((len(self._bands), *box.shape), np.float32)
 
         def read_file(uri: str, positions: list[int]) -> None:
-            placement = self._placements[uri]
-            at = placement.inside(box)
-            if at.size == 0:
-                out[positions] = np.nan
-                return
-            with gdal_environment():
-                out[positions] = placement.onto(self._read_bands(uri, positions, at), at, box)
+            out[positions] = self._read_file(uri, positions, box)
 
-        files = list(self._by_file())
-        if len(files) == 1:
-            read_file(*files[0])
-            return out
         under_way = [self._readers.submit(read_file, *file) for file in files]
         wait(under_way)  # all of them, before any error: who is told that this has ended may remove the files
         for file in under_way:
@@ -200,6 +193,15 @@ class Raster:
                     for position, channel in zip(positions, values, strict=True):
                         out[position][here, across] = channel[picks]
         return out
+
+    def _read_file(self, uri: str, positions: Sequence[int], box: Box) -> Floats:
+        """What one file shows of a box of the scene: its channels, (len(positions), *box.shape)."""
+        placement = self._placements[uri]
+        at = placement.inside(box)
+        if at.size == 0:
+            return np.full((len(positions), *box.shape), np.nan, np.float32)
+        with gdal_environment():
+            return placement.onto(self._read_bands(uri, positions, at), at, box)
 
     def _read_bands(self, uri: str, positions: Sequence[int], at: Box) -> Floats:
         """Physical values of a box of one file, or of its copy."""
@@ -237,25 +239,25 @@ class Raster:
             several |= {"resampling": Resampling.nearest, "out_shape": (len(bands), *shape)}
         try:
             stored: NDArray[Any] = file.read(indexes, **several)
-            with np.errstate(over="ignore"):  # values beyond float32 become infinite, and so invalid
-                out = stored.astype(np.float32)
+            out = np.empty(stored.shape, np.float32)
             for i, band in enumerate(bands):
                 scale = file.scales[band.index - 1] if band.scale is None else band.scale
                 offset = file.offsets[band.index - 1] if band.offset is None else band.offset
-                if (scale, offset) != (1, 0):
-                    wide = stored[i].astype(np.float64) if stored.dtype.itemsize > 2 else out[i]
-                    out[i] = wide * scale + offset
-                if band.nodata is not None:
-                    out[i][stored[i] == band.nodata] = np.nan
+                nodata, mask = [band.nodata], None
                 flags = set(file.mask_flag_enums[band.index - 1])
-                if not flags & {MaskFlags.all_valid, MaskFlags.alpha}:
-                    out[i][file.read_masks(band.index, **single) == 0] = np.nan
+                if flags == {MaskFlags.nodata} and _is_plain(stored.dtype, file.nodatavals[band.index - 1]):
+                    nodata.append(file.nodatavals[band.index - 1])
+                elif not flags & {MaskFlags.all_valid, MaskFlags.alpha}:
+                    mask = file.read_masks(band.index, **single)
+                for rows in strips(stored.shape[1:]):
+                    out[i, rows] = _physical(stored[i, rows], scale, offset, nodata)
+                    if mask is not None:
+                        out[i, rows][mask[rows] == 0] = np.nan
             # GDAL lets an alpha band mask the others only where it makes RGBA or grey + alpha; here it always does.
             if alpha := self._alpha(uri, file):
                 out[:, file.read(alpha, **single) == 0] = np.nan
         except RasterioIOError as error:
             raise _unreadable(uri, at, error) from error
-        np.copyto(out, np.nan, where=np.isinf(out))
         return out
 
     def _stored(self, uri: str, bands: Sequence[Band], at: Box) -> NDArray[Any]:
@@ -264,6 +266,25 @@ class Raster:
             return self._dataset(uri).read([band.index for band in bands], window=window_of(at))
         except RasterioIOError as error:
             raise _unreadable(uri, at, error) from error
+
+
+def _physical(stored: NDArray[Any], scale: float, offset: float, nodata: Iterable[float | None]) -> NDArray[Any]:
+    """Values in physical units, NaN where what is stored is one of `nodata`, or beyond float32."""
+    with np.errstate(over="ignore"):  # what is beyond float32 becomes infinite, and so invalid
+        values = stored.astype(np.float32)
+        if (scale, offset) != (1, 0):
+            wide = stored.astype(np.float64) if stored.dtype.itemsize > 2 else values
+            values = (wide * scale + offset).astype(np.float32, copy=False)
+    for value in nodata:
+        if value is not None:
+            values[stored == value] = np.nan
+    values[np.isinf(values)] = np.nan
+    return values
+
+
+def _is_plain(stored: np.dtype[Any], nodata: float) -> bool:
+    """Whether a nodata value says by itself which pixels are not valid: it need not be rounded to what is stored."""
+    return stored.kind in "iu" and stored.itemsize <= 4 and float(nodata).is_integer()
 
 
 def _unreadable(uri: str, at: Box, error: RasterioIOError) -> SceneError:

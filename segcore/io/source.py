@@ -10,7 +10,7 @@ from typing import Any, Protocol, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from segcore.box import Box
+from segcore.box import Box, strips
 from segcore.grid import Grid
 
 Floats = NDArray[np.float32]
@@ -159,7 +159,5 @@ def sample_positions(length: int, samples: int) -> NDArray[np.intp]:
 
 def slabs(grid: Grid, pixels: int = 2**23) -> Iterator[Box]:
     """The grid in full slabs of its first axis, of about `pixels` pixels each: for one pass over everything."""
-    rows = max(1, pixels * grid.shape[0] // grid.size)
-    for start in range(0, grid.shape[0], rows):
-        stop = min(start + rows, grid.shape[0])
-        yield Box((start, *(0,) * (len(grid.shape) - 1)), (stop, *grid.shape[1:]))
+    for rows in strips(grid.shape, pixels):
+        yield Box((rows.start, *(0,) * (len(grid.shape) - 1)), (rows.stop, *grid.shape[1:]))

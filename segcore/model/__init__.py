@@ -16,7 +16,7 @@ from segcore.model.card import Card, Model
 from segcore.model.probe import Network, largest_error, noise, rounding_of
 from segcore.model.quantise import Quantised
 from segcore.model.segmenter import Part, Segmenter
-from segcore.spec import SAME_SCORES, STREAMS, Engine, Runner, usable_cores
+from segcore.spec import SAME_SCORES, STREAMS, Engine, Precision, Runner, usable_cores
 from segcore.staging import Stages, Staging
 
 #: Up to what the scores of two engines differ by rounding alone, relative to the largest of them, of networks that are
@@ -33,11 +33,13 @@ def load_segmenter(
     staging: Staging | None = None,
     quantised: Quantised | None = None,
     engine: Engine = "auto",
+    precision: Precision = "fp32",
 ) -> Segmenter:
     """The network of a model, run with `threads` CPU threads; its large windows in stages where that is asked for, and
     in int8 where it was `quantised`.
 
-    `engine`: what runs an ONNX file in float32; `auto` takes OpenVINO for a local network on a CPU, where it is
+    `precision`: of a network that was not quantised, fp32 or bf16. `engine`: what runs an ONNX file in fp32; `auto`
+    takes OpenVINO for a local network on a CPU, where it is
     installed and says what ONNX Runtime says. Its weights are checked, and so is its card's word that it is local.
     Raises CardError, ModelError, and PlanError for a staging that the network does not have.
     """
@@ -46,6 +48,11 @@ def load_segmenter(
     with _engine(model.card):
         if quantised is not None:
             segmenter = _load_int8(quantised, threads)
+        elif precision == "bf16":
+            check_precision(model, precision)
+            from segcore.model.openvino import OpenVinoSegmenter
+
+            segmenter = OpenVinoSegmenter(path, threads, precision=precision)
         elif artifact.format == "onnx":
             segmenter = _load_onnx(model, path, threads, staging, engine)
         elif staging is not None and staging.levels:
@@ -138,15 +145,22 @@ def stages_of(path: Path, channels: int) -> Stages | None:
     return cut.stages if cut else None
 
 
-def check_int8(model: Model) -> None:
-    """Raises ModelError where a model has no network in int8, or nothing here runs one."""
+def check_precision(model: Model, precision: Precision) -> None:
+    """Raises ModelError where a model is not run in these numbers, or what runs it is not installed here."""
+    if precision == "fp32":
+        return
     artifact = model.card.artifacts[0]
     if artifact.format != "onnx":
         raise ModelError(
-            f"model {model.card.name} is {artifact.format}, and only ONNX can be run in int8; put an ONNX file of it "
-            f"first in its card (`segflow model pack` makes one), or leave --precision int8 out"
+            f"model {model.card.name} is {artifact.format}, and only ONNX can be run in {precision}; put an ONNX file "
+            f"of it first in its card (`segflow model pack` makes one), or leave --precision {precision} out"
         )
-    if find_spec("openvino") is None or find_spec("nncf") is None:
+    if precision == "bf16" and find_spec("openvino") is None:
+        raise ModelError(
+            "--precision bf16 is run in OpenVINO, which is not installed; run `pip install openvino`, on every worker "
+            "too, or leave --precision bf16 out"
+        )
+    if precision == "int8" and (find_spec("openvino") is None or find_spec("nncf") is None):
         raise ModelError(
             "--precision int8 needs OpenVINO, which runs the network, and NNCF, which makes it, and they are not "
             "installed; run `pip install 'segflow[int8]'`, on every worker too, or leave --precision int8 out"

@@ -1,4 +1,4 @@
-"""OpenVINO: the quickest engine for convolutions on a CPU, in float32 and, made by `quantise`, in 8-bit integers."""
+"""OpenVINO: the quickest engine for convolutions on a CPU, in float32, bfloat16 and, made by `quantise`, integers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import openvino
 from segcore.box import Box
 from segcore.errors import ModelError, one_line
 from segcore.model.segmenter import Floats, Part, Segmenter, failure
-from segcore.spec import times
+from segcore.spec import Precision, times
 
 #: Layers of which it keeps what it has compiled for a size.
 _KEPT = 64
@@ -24,16 +24,22 @@ class OpenVinoPart:
     """A part of a network as ONNX, on the CPU, with one output. Raises ModelError where it does not load."""
 
     def __init__(
-        self, model: bytes, threads: int, chunks: bool = False, weights: bytes | None = None, streams: int = 1
+        self,
+        model: bytes,
+        threads: int,
+        chunks: bool = False,
+        weights: bytes | None = None,
+        streams: int = 1,
+        floats: str = "f32",
     ) -> None:
-        """`weights`: of a network in OpenVINO's own format; `streams`: how many runs share the threads. What is run
-        chunk after chunk is run like anything.
+        """`weights`: of a network in OpenVINO's own format; `streams`: how many runs share the threads; `floats`: what
+        floats are rounded to, f32 or bf16. What is run chunk after chunk is run like anything.
         """
-        # Floats as they are: they would else be rounded to bfloat16 where the CPU has it.
+        # Said in any case: floats would else be rounded to bfloat16 wherever the CPU has it.
         options = {
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": streams,
-            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_PRECISION_HINT": floats,
             "ENABLE_CPU_PINNING": False,
             # What it compiles for a size of window it would keep for thousands of them: an archive has as many.
             "CPU_RUNTIME_CACHE_CAPACITY": _KEPT,
@@ -85,8 +91,15 @@ class OpenVinoSegmenter:
     Raises ModelError where it does not load.
     """
 
-    def __init__(self, path: Path, threads: int, streams: int = 1) -> None:
-        """`streams`: how many windows are run side by side, each on its share of the threads."""
+    def __init__(self, path: Path, threads: int, streams: int = 1, precision: Precision = "fp32") -> None:
+        """`streams`: how many windows are run side by side, each on its share of the threads; `precision`: of an ONNX
+        file. In bfloat16 all sums are kept in float32.
+        """
+        if precision == "bf16" and "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            raise ModelError(
+                "this processor has no arithmetic for bfloat16 (AVX512-BF16 or AMX), which would be slower than fp32; "
+                "leave --precision bf16 out, or try --precision int8"
+            )
         try:
             # From bytes, so that weights in files beside it, for which no digest vouches, are not found.
             if path.suffix == ".zip":
@@ -94,11 +107,14 @@ class OpenVinoSegmenter:
                     model, weights = archive.read("network.xml"), archive.read("network.bin")
                 self._network = OpenVinoPart(model, threads, weights=weights)
             else:
-                self._network = OpenVinoPart(path.read_bytes(), threads, streams=streams)
+                floats = "bf16" if precision == "bf16" else "f32"
+                self._network = OpenVinoPart(path.read_bytes(), threads, streams=streams, floats=floats)
         except (OSError, KeyError, zipfile.BadZipFile, ModelError) as error:
             raise ModelError(f"{path}: {one_line(error)}") from error
         self.device = threading.Lock()
         self.engine = f"openvino {openvino.get_version().split('-')[0]} (CPU, {threads} threads)"
+        if precision == "bf16":
+            self.engine = self.engine.replace(")", ", bf16)")
         self.batch = streams
 
     def __call__(self, batch: Floats, wanted: Box | None = None) -> Floats:
