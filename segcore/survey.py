@@ -126,10 +126,18 @@ def survey(job: Job, core: tuple[int, ...] | None = None) -> Prospect:
 
     def plan_with(runner: Runner, core: tuple[int, ...] | None) -> Plan:
         measured = job.settings.tolerance is not None
-        cost, mode = model.card.cost(runner, model.weights_bytes), job.settings.mode
+        cost = model.card.cost(runner, model.weights_bytes, job.settings.precision)
         stages = _stages_of(model, canvas) if job.settings.precision == "fp32" else None
         return make_plan(
-            source.grid, canvas, sight, cost, memory, core=core, mode=mode, measured=measured, stages=stages
+            source.grid,
+            canvas,
+            sight,
+            cost,
+            memory,
+            core=core,
+            mode=job.settings.mode,
+            measured=measured,
+            stages=stages,
         )
 
     # With what a run was interrupted that is gone on with if it can be, whatever memory is free today.

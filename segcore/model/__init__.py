@@ -22,8 +22,8 @@ from segcore.staging import Stages, Staging
 #: Up to what the scores of two engines differ by rounding alone, relative to the largest of them, of networks that are
 #: not local: squeeze-excite makes 2e-4 of it, and bfloat16 would be some 4e-3 off.
 _SAME = 1e-3
-#: Sides of the windows on which they are compared; networks with many levels want larger ones.
-_SIDES = (64, 128, 256)
+#: Sides of the windows on which they are compared, by number of axes; networks with many levels want larger ones.
+_SIDES = {1: (64, 128, 256), 2: (64, 128, 256), 3: (32, 64, 128)}
 _LOG = logging.getLogger(__name__)
 
 
@@ -125,7 +125,7 @@ def _in_stages(
 def _difference(one: Segmenter, other: Segmenter, card: Card) -> float:
     """How far the scores of two engines are from each other on noise, relative to the largest. Raises ModelError."""
     sight = card.sight()
-    shapes = [tuple(-(-side // s) * s for s in sight.stride) for side in _SIDES]
+    shapes = [tuple(-(-side // s) * s for s in sight.stride) for side in _SIDES[len(sight.stride)]]
     for shape in [sight.window] if sight.fixed and sight.window else shapes:
         image = noise((1, len(card.channels), *shape))
         try:

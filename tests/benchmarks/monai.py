@@ -57,9 +57,9 @@ def _compare(options: argparse.Namespace, axes: str) -> str:
         settings = ("--memory", options.memory) if options.memory else ()
         windows = _windows(scene, model, folder, boxes, dims, options.device)
         ours: dict[str, tuple[object, ...]] = {"segflow": settings}
-        if segflow.knows("--precision"):
-            # Random weights decide by a hair: int8 is timed whatever it agrees, and the table says how much that is.
-            ours["segflow, int8"] = (*settings, "--precision", "int8", "--agreement", "0.01")
+        for precision in ("bf16", "int8") if segflow.knows("--precision") else ():
+            # Random weights decide by a hair: they are timed whatever they agree, and the table says how much that is.
+            ours[f"segflow, {precision}"] = (*settings, "--precision", precision, "--agreement", "0.01")
         contestants: dict[str, Callable[[], Measured]] = dict(windows)
         for name, given in ours.items():
             contestants[name] = partial(segflow.label, scene, model, folder / name, *given)
