@@ -26,6 +26,9 @@ def arguments(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument("--voxels", type=int, default=256, help="side of the volume, a multiple of 16")
     parser.add_argument("--cube", type=int, default=128, help="side of the bare pass in 3-D, a multiple of 16")
     parser.add_argument("--tasks", default="2d", help="2d, 3d or 2d,3d")
+    parser.add_argument("--small", action="store_true", help="in 2-D: the small U-Net of the sweep, so that it ends")
+    parser.add_argument("--overlaps", default="0.25,0.5", help="of MONAI's windows")
+    parser.add_argument("--layouts", default="contiguous,channels_last", help="of MONAI's images")
     parser.add_argument("--memory", help="segflow's budget; default: its own")
     parser.add_argument("--runs", type=int, default=1)
 
@@ -48,16 +51,16 @@ def table(options: argparse.Namespace) -> Iterator[str]:
 
 def _compare(options: argparse.Namespace, axes: str) -> str:
     dims = len(axes)
-    model = models.basic_unet(axes)
+    model = models.small_unet() if options.small and dims == 2 else models.basic_unet(axes)
     scene = scenes.mosaic(options.side) if dims == 2 else scenes.volume(options.voxels)
     shape = (options.side if dims == 2 else options.voxels,) * dims
     boxes, mpx, unit = boxes_of(shape), prod(shape) / 1e6, {2: "Mpx", 3: "Mvoxel"}[dims]
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         settings = ("--memory", options.memory) if options.memory else ()
-        windows = _windows(scene, model, folder, boxes, dims, options.device)
+        windows = _windows(scene, model, folder, boxes, dims, options)
         ours: dict[str, tuple[object, ...]] = {"segflow": settings}
-        for precision in ("bf16", "int8") if segflow.knows("--precision") else ():
+        for precision in ("bf16", "int8") if segflow.knows("--precision") and not options.small else ():
             # Random weights decide by a hair: they are timed whatever they agree, and the table says how much that is.
             ours[f"segflow, {precision}"] = (*settings, "--precision", precision, "--agreement", "0.01")
         contestants: dict[str, Callable[[], Measured]] = dict(windows)
@@ -83,7 +86,7 @@ def _compare(options: argparse.Namespace, axes: str) -> str:
                 labels = [values.argmax(0) for values in scores]
                 more |= {AGREE: f"{same_labels(labels, reference):.4%}", CHANGE: f"{change(scores, reference):.1g}"}
             rows.append(Row(name, measured, mpx, more))
-    title = f"MONAI BasicUNet, {' x '.join(map(str, shape))}"
+    title = f"{model.name}, {' x '.join(map(str, shape))}"
     if dims == 2:
         return f"{markdown_table(title, rows, unit=unit)}\n\n{_footnote(start_up(), boxes)}"
     cube = (options.cube,) * 3
@@ -93,16 +96,16 @@ def _compare(options: argparse.Namespace, axes: str) -> str:
 
 
 def _windows(
-    scene: Path, model: Path, folder: Path, boxes: list[Box], dims: int, device: str
+    scene: Path, model: Path, folder: Path, boxes: list[Box], dims: int, options: argparse.Namespace
 ) -> dict[str, Callable[[], Measured]]:
-    """MONAI's contestants: two overlaps, two layouts of memory."""
+    """MONAI's contestants: several overlaps, several layouts of memory."""
     made: dict[str, Callable[[], Measured]] = {}
-    for overlap in (0.25, 0.5):
-        for layout in ("contiguous", "channels_last"):
+    for overlap in options.overlaps.split(","):
+        for layout in options.layouts.split(","):
             name = f"MONAI, overlap {overlap}{', channels last' if layout == 'channels_last' else ''}"
             made[name] = partial(
                 peer, "windows", scene, model, folder / f"{name}.npz", format_boxes(boxes),
-                "--roi", ROI[dims], "--overlap", overlap, "--layout", layout, "--device", device,
+                "--roi", ROI[dims], "--overlap", overlap, "--layout", layout, "--device", options.device,
             )  # fmt: skip
     return made
 

@@ -1,4 +1,4 @@
-"""MONAI's BasicUNet with the weights of a packed model, in eager torch, as its users run it."""
+"""The network of a packed model in eager torch, as MONAI's users run it."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from monai.networks.nets import BasicUNet
-from safetensors.torch import load_file
+
+from segcore.model.card import load_card
+from segcore.model.torch import load_module
 
 
 def open_network(folder: Path) -> tuple[torch.nn.Module, dict[str, Any]]:
     """The network, in evaluation mode, and the card."""
-    card = json.loads((folder / "card.json").read_text())
-    (artifact,) = [artifact for artifact in card["artifacts"] if artifact["format"] == "safetensors"]
-    network = BasicUNet(**artifact["network"]["arguments"])
-    network.load_state_dict(load_file(folder / artifact["path"]))
-    return network.eval(), card
+    (artifact,) = [each for each in load_card(str(folder)).card.artifacts if each.format == "safetensors"]
+    card: dict[str, Any] = json.loads((folder / "card.json").read_text())
+    return load_module(artifact, folder / artifact.path).eval(), card
