@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import platform
 import queue
 import threading
 import time
@@ -19,20 +18,17 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextvars import copy_context
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from flows.batch import NOTHING_RUN, STOPPED, Limits, SceneRecord, State, Summary
 from flows.console import Reporter
+from flows.journal import Journal
 from segcore import ledger
 from segcore.errors import InUseError, PoisonError, ProductError, SegcoreError, StoppedError, one_line
 from segcore.io import Problem
 from segcore.lease import Leases, guarding
 from segcore.lock import Guarding, held
-from segcore.metrics import write_metrics
-from segcore.publish import write_json
-from segcore.report import write_report
 from segcore.scene import LOCK_SECONDS, Outcome
 from segcore.spec import Job
 from segcore.survey import HIDDEN
@@ -41,8 +37,6 @@ from segcore.survey import HIDDEN
 ATTEMPTS, _PAUSE = 3, 5.0
 #: Seconds until a scene is looked at again that another run has in work.
 _BUSY_PAUSE = 2.0
-#: Seconds between two heartbeats.
-_BEAT = 5.0
 #: Seconds that scenes under way are given to end their tiles when the run is stopped.
 _DRAIN = 7.0
 #: Scenes that must have ended before their failure rate says anything.
@@ -52,8 +46,6 @@ _ENOUGH = 10
 _GRACE = 60.0
 #: Details of a scene that failed which the ledger keeps.
 _TOLD = {"attempts", "retryable", "problem"}
-#: Scenes that `run.json` names one by one; the ledger has all.
-_NAMED = 1000
 
 #: Labels one scene; the second argument hears of tiles done and in all. Raises SegcoreError.
 Label = Callable[[Job, Callable[[str, int, int], None]], Outcome]
@@ -113,22 +105,22 @@ class Archive:
     _stopped: bool = False
     _leave_at: float = math.inf
     _code: int | None = None
+    _journal: Journal = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._journal = Journal(self.out, self.run_id, self.warnings, self._stand)
 
     def run(self) -> Summary:
         """Label the scenes. Returns what became of them; a signal raises SystemExit, with everything written."""
         self._started, self._began = ledger.now(), time.monotonic()
-        over = threading.Event()
-        heart = threading.Thread(target=self._beat, args=(over,), name="heartbeat", daemon=True)
         try:
-            self._event(ledger.RUN_STARTED, total=self._total, model=self.jobs[0].model, command=self.command)
-            self._write_run()
-            heart.start()
+            self._journal.event(ledger.RUN_STARTED, total=self._total, model=self.jobs[0].model, command=self.command)
+            self._journal.begin()
             waiting, suspects = self._arrange()
             for problem in self.problems:
                 self._settle(_record_of(problem))
             self._go(waiting, suspects)
-            summary = self._summary(ended=True)
-            self._code = summary.exit_code
+            self._code = self._summary(ended=True).exit_code
         except BaseException as error:
             if isinstance(error, Exception):  # a fault of segflow, which the command says is code 2
                 self._reason, self._code = f"unexpected {type(error).__name__}: {one_line(error)}", NOTHING_RUN
@@ -139,10 +131,7 @@ class Archive:
             self._drain_all()
             raise
         finally:
-            over.set()
-            if heart.is_alive():
-                heart.join(1)
-            self._close()
+            self._journal.close(self._stopped)
         return self._summary(ended=True)
 
     @property
@@ -167,7 +156,7 @@ class Archive:
             if entry is not None and entry.state == "quarantined" and not self.limits.retry_failed:
                 reason = f"{entry.reason} (found earlier; --retry-failed tries it again)"
                 self._records[job.name] = SceneRecord(job.name, job.uri, "quarantined", 0.0, reason, entry.error)
-                self._event(ledger.SCENE_QUARANTINED, scene=job.name, uri=job.uri, reason=entry.reason)
+                self._journal.event(ledger.SCENE_QUARANTINED, scene=job.name, uri=job.uri, reason=entry.reason)
             elif entry is not None and entry.state == "unfinished" and self._died_with_its_run(past, entry):
                 suspects.append(_Visit(job, alone=self.label_alone is not None))
             else:
@@ -195,7 +184,9 @@ class Archive:
                 self._end(*self._ended.get(timeout=0.2), waiting)
             self._look_at_limits()
             if time.monotonic() > self._leave_at:
-                self._warn(f"{', '.join(self._under_way)} did not end in time; the next run goes on with what is kept")
+                self._journal.warn(
+                    f"{', '.join(self._under_way)} did not end in time; the next run goes on with what is kept"
+                )
                 return
 
     def _next(self, waiting: deque[_Visit]) -> _Visit | None:
@@ -219,7 +210,7 @@ class Archive:
         job = visit.job
         with self._lock:
             self._under_way[job.name] = _UnderWay(visit, ledger.now(), time.monotonic())
-        self._event(ledger.SCENE_STARTED, scene=job.name, uri=job.uri, attempt=visit.attempt)
+        self._journal.event(ledger.SCENE_STARTED, scene=job.name, uri=job.uri, attempt=visit.attempt)
         # Whoever labels may look for its context: a flow run of Prefect is one.
         context = copy_context()
         threading.Thread(target=context.run, args=(self._attempt, visit), name=job.name, daemon=True).start()
@@ -287,7 +278,7 @@ class Archive:
             event = ledger.SCENE_QUARANTINED if record.state == "quarantined" else ledger.SCENE_FAILED
             fields |= {"error": record.error, "reason": record.reason, "attempts": 1, "retryable": False}
             fields |= {key: record.details[key] for key in _TOLD & record.details.keys()}
-        self._event(event, **fields)
+        self._journal.event(event, **fields)
         self.reporter.ended(record)
 
     def _look_at_limits(self) -> None:
@@ -331,18 +322,6 @@ class Archive:
             with contextlib.suppress(queue.Empty):
                 self._end(*self._ended.get(timeout=left), deque())
 
-    def _event(self, event: str, **fields: Any) -> None:
-        """Tell the ledger. Products do not depend on it, so that a failure is a warning."""
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            ledger.append(self.out / ledger.LEDGER_FILE, ledger.new_event(event, self.run_id, fields))
-        except (OSError, ProductError) as error:
-            self._warn(one_line(error))
-
-    def _warn(self, text: str) -> None:
-        if text not in self.warnings:
-            self.warnings.append(text)
-
     def _summary(self, ended: bool) -> Summary:
         seconds = time.monotonic() - self._began
         with self._lock:
@@ -364,60 +343,14 @@ class Archive:
             self._code,
         )
 
-    def _beat(self, over: threading.Event) -> None:
-        while not over.wait(_BEAT):
-            self._write_run()
-
-    def _document(self, ended: bool = False) -> dict[str, Any]:
-        """What `run.json` says."""
+    def _stand(self, ended: bool) -> tuple[Summary, list[dict[str, Any]]]:
+        """Where the run stands, for its journal."""
         with self._lock:
             under_way = [
                 {"name": name, "done": scene.done, "total": scene.total, "since": scene.since}
                 for name, scene in self._under_way.items()
             ]
-        now = ledger.now()
-        return self._summary(ended).to_json(_NAMED) | {
-            "segflow": version("segflow"),
-            "host": platform.node(),
-            "pid": os.getpid(),
-            "heartbeat": now,
-            "ended": now if ended else None,
-            "under_way": under_way,
-        }
-
-    def _write_run(self, ended: bool = False) -> None:
-        """Write the file of the run; products do not depend on it, so that a failure is a warning."""
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-            write_json(self.out / ledger.RUN_FILE, self._document(ended))
-        except (OSError, ValueError) as error:
-            # An error of the system names a file of its own each time, and would be another warning every time.
-            reason = getattr(error, "strerror", None) or one_line(error)
-            self._warn(f"cannot write {self.out / ledger.RUN_FILE}: {reason}")
-
-    def _close(self) -> None:
-        """Write what is read in the morning."""
-        summary = self._summary(ended=True)
-        self._event(
-            ledger.RUN_ENDED,
-            exit_code=summary.exit_code,
-            seconds=round(summary.seconds, 3),
-            counts=summary.counts,
-            reason=self._reason,
-        )
-        self._write_run(ended=True)
-        try:
-            known = ledger.Ledger(self.out / ledger.LEDGER_FILE)
-            troubled = known.troubled()
-            if troubled:
-                ledger.write_failures(self.out / ledger.FAILURES_FILE, troubled)
-            else:
-                (self.out / ledger.FAILURES_FILE).unlink(missing_ok=True)
-            if not self._stopped:  # whoever was told to stop has no time for it; `segflow report` writes it
-                write_metrics(self.out / ledger.METRICS_FILE, self._document(ended=True), known.totals)
-                write_report(self.out)
-        except Exception as error:  # scenes are done although a page about them cannot be written
-            self._warn(f"cannot write all about this run into {self.out}: {one_line(error)}")
+        return self._summary(ended), under_way
 
 
 def guards_of(run_id: str, scenes: int, leases: str | None) -> Guarding:
