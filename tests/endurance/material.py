@@ -83,14 +83,17 @@ def assets(manifest: Path) -> dict[str, str]:
     return {name: sha256_of(manifest.parent / name) for name in names}
 
 
-def wrong(out: Path, whole: dict[str, dict[str, str]]) -> list[str]:
-    """What is wrong with the products that have a manifest: with themselves, and beside the undisturbed ones."""
+def wrong(out: Path, whole: dict[str, dict[str, str]], other: dict[str, dict[str, str]] | None = None) -> list[str]:
+    """What is wrong with the products that have a manifest: with themselves, and beside the undisturbed ones.
+
+    `other`: undisturbed ones, too, of a scene that was exchanged; a product is whole of the one or of the other.
+    """
     found = []
     for name, manifest in manifests(out).items():
         found += [f"{name}: {fault}" for fault in faults(manifest)]
         with suppress(FileNotFoundError):  # said above
             files = assets(manifest)
-            if name in whole and files != whole[name]:
+            if name in whole and files not in (whole[name], (other or whole).get(name)):
                 differ = sorted(
                     key for key in files.keys() | whole[name].keys() if files.get(key) != whole[name].get(key)
                 )
