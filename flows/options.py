@@ -60,7 +60,9 @@ Tolerance = Annotated[
 ]
 PrecisionOption = Annotated[
     PrecisionName,
-    typer.Option("--precision", help="Numbers that the network computes in; bf16, int8: once they have proved themselves."),
+    typer.Option(
+        "--precision", help="Numbers that the network computes in; bf16, int8: once they have proved themselves."
+    ),
 ]
 EngineOption = Annotated[
     EngineName, typer.Option("--engine", help="What runs an ONNX network in fp32; auto: the quicker one.")

@@ -76,7 +76,7 @@ def foresee(job: Job) -> Foreseen:
         return Foreseen(job.name, job.uri, "refused", reason=str(error))
     plan, grid = prospect.plan, prospect.source.grid
     manifest = manifest_path(Path(job.out).absolute(), job.name)
-    if is_current(manifest, prospect.fingerprint):
+    if is_current(manifest, prospect.fingerprint, prospect.job.settings.agreement):
         return Foreseen(job.name, job.uri, "up to date", pixels=grid.size)
     scratch, product = prospect.disk
     speed = prospect.speed

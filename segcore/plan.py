@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import product
 from math import log2, prod
 from typing import Literal
@@ -25,7 +26,7 @@ from typing import Literal
 from segcore.box import Box
 from segcore.errors import PlanError
 from segcore.grid import Grid, Rescale, mirrored
-from segcore.spec import STREAMS, Cost, Mode, Sides, Sight, format_bytes, times
+from segcore.spec import Cost, Mode, Runner, Sides, Sight, format_bytes, times
 from segcore.staging import Stages, Staging
 
 Index = tuple[int, ...]
@@ -35,6 +36,8 @@ Tiling = Literal["exact", "measured", "blend"]
 #: Bytes of a worker process with its libraries before it holds any tile, GDAL's block cache among them, and what is
 #: added by what the network is run in (measured).
 PROCESS_BYTES, RUNNER_BYTES = 280 * 2**20, {"onnxruntime": 0, "openvino": 200 * 2**20, "torch": 140 * 2**20}
+#: Bytes of what runs the parts of a level, unless OpenVINO does, which is counted with it (measured).
+PART_BYTES = 32 * 2**20
 #: Pixels of a core beyond which a larger one saves little and a lost one costs much.
 LARGEST_CORE = 2**22
 #: Pixels of a core below which smaller ones are taken only where memory wants it.
@@ -42,9 +45,17 @@ SMALLEST_CORE = 2**19
 #: Larger cores are taken where they save work: so much of it for each doubling.
 _STAKE = 0.06
 #: Time in which a process takes the memory from the system that a pixel needs in the engine, relative to that in which
-#: the pixel is inferred (measured on OpenVINO: 0.25 to 0.9). It is taken once, so that small tiles spare a small scene
-#: most; large ones (pixels) are all treated alike, so that memory does not follow the scene.
-_TAKING, _LARGE = 0.5, 2**24
+#: the pixel is inferred (measured on OpenVINO: 0.25 to 0.9). OpenVINO takes it once; the others do for every window, so
+#: that it is in their pace.
+_TAKING = {"onnxruntime": 0.1, "openvino": 0.5, "torch": 0.1}
+#: Scenes of so many pixels and more are cut alike, so that memory does not follow the scene.
+_LARGE = 4000**2
+#: Pixels of a place where shorter numbers are compared with fp32, at most (`segcore.precision`), but in blend mode.
+_PROVED = 2**18
+#: Tiles at each end of an axis that are looked at for the one that needs most.
+_ENDS = 32
+#: Time of a multiply-add, relative to OpenVINO (measured: 1.7 of it in one pass, 1.3 to 1.7 in stages).
+_PACE = {"onnxruntime": 2.2, "openvino": 1.0, "torch": 3.0}
 #: Time of a multiply-add in stages, relative to one in a pass over a large window (measured): ONNX Runtime gains by
 #: smaller arrays, which stay in cache; OpenVINO keeps its arrays from window to window, and pays for new ones.
 _STAGED_PACE = {"onnxruntime": 0.75, "openvino": 1.25, "torch": 1.0}
@@ -111,8 +122,8 @@ class Plan:
 
     @property
     def middle(self) -> Index:
-        """The tile that needs most. Of two on an axis the first, since the last tile may be a sliver."""
-        return tuple((n - 1) // 2 for n in self.counts)
+        """The tile that shows most around it, of those alike the first."""
+        return _middle_of(replace(self, memory=0, staging=None, staged_work=1.0))
 
     def indices(self) -> Iterator[Index]:
         """Every tile's index: of the one that needs most, then the others in the order of the scene's array.
@@ -205,6 +216,10 @@ class Plan:
         counts = [sum(len(self._window_ranges(t)[axis]) for t in self._along(axis)) for axis in self._axes]
         return prod(counts) * prod(self.sight.window) / prod(self.canvas)
 
+    def effort(self, runner: Runner) -> float:
+        """Time that a scene takes with it, relative to other plans and in other runners."""
+        return self.work * _PACE[runner] * (_STAGED_PACE[runner] if self.staging else 1.0)
+
     @property
     def resting(self) -> int:
         """Bytes of a process that labels no tile."""
@@ -234,8 +249,8 @@ def make_plan(
 ) -> Plan:
     """The tiling of a scene that fits `memory` bytes with the least work, or with cores of this shape.
 
-    Exact mode is taken for a local network, with one tile for the whole scene if that fits, and blend mode for one
-    that has a window, however small the scene: what a network that is not local says depends on what it sees, and
+    Exact mode is taken for a local network, with one tile for the whole scene where that is best, and blend mode for
+    one with a window, however small the scene: what a network that is not local says depends on what it sees, and
     that must not depend on memory. A network that is neither, or that is asked for exact mode, is run on the whole
     scene in one piece. `measured`: the reach is not the network's own, but one that will do. `stages`: how the network
     can be run in stages, in exact mode. Raises PlanError, with the numbers, for what cannot work.
@@ -302,8 +317,14 @@ def make_plan(
         return plan
 
     def price(plan: Plan) -> float:
-        taken = plan._halo_window(_middle(plan)).size if chosen != "blend" else 0
-        return (plan.work * pace(plan) + _TAKING * taken / min(prod(canvas), _LARGE)) * _stake(plan)
+        if chosen == "blend":
+            return plan.work * _stake(plan)
+        target = _middle(plan)
+        window = plan._halo_window(target)
+        # In a large scene nearly every tile is as the one in the middle.
+        work = window.size / target.size * plan.staged_work if prod(canvas) >= _LARGE else plan.work
+        taken = _TAKING[cost.runner] * window.size / min(prod(canvas), _LARGE)
+        return (work * pace(plan) + taken) * _stake(plan)
 
     best: Plan | None = None
     for side in _sides(grid, canvas, sight, chosen):
@@ -382,6 +403,25 @@ def _balanced(length: int, side: int, unit: int) -> int:
     return -(-length // (count * unit)) * unit
 
 
+@lru_cache(256)
+def _middle_of(plan: Plan) -> Index:
+    """See `Plan.middle`. What a tile shows along one axis does not depend on the others."""
+
+    def shown(target: Box, axis: int) -> int:
+        if plan.mode == "blend":
+            return len(plan._window_ranges(target)[axis])
+        return plan._halo_window(target).shape[axis]
+
+    found = []
+    for axis in plan._axes:
+        # Tiles are alike but at the ends, and where they lie otherwise on the windows or on the network's grid.
+        count = plan.counts[axis]
+        looked_at = [i for i in range(count) if i < _ENDS or count - i <= _ENDS]
+        targets = {i: plan._target(plan.core_box(tuple(i * (a == axis) for a in plan._axes))) for i in looked_at}
+        found.append(max(looked_at, key=lambda i: (shown(targets[i], axis), targets[i].shape[axis], -i)))
+    return tuple(found)
+
+
 def _middle(plan: Plan) -> Box:
     """The target of the tile that needs most."""
     return plan._target(plan.core_box(plan.middle))
@@ -408,22 +448,25 @@ def _with_memory(plan: Plan, cost: Cost, stages: Stages | None, staging: Staging
         window = plan._window(tuple(r[0] for r in ranges))
         hull = window | plan._window(tuple(r[-1] for r in ranges))
         count = prod(map(len, ranges))
-    # As it is read, what is stored and its physical values; a hull of its own where these are not what is shown.
+    # What one tile is read from, and the physical values of all; a hull of its own where these are not what is shown.
     as_read = plan.mode != "blend" and plan.rescale.identity
-    array = 4 * cost.channels * (2 * plan._read(hull).size + (0 if as_read else 2 * hull.size))
+    in_flight = min(TILES_IN_FLIGHT, len(plan))
+    array = 4 * cost.channels * (plan._read(hull).size + (0 if as_read else 2 * hull.size))
+    reading = 8 * cost.channels * plan._read(hull).size
     # What the engine gives back, the scores of it, and those on the scene's grid; labels, and what is valid.
     scores = 4 * cost.classes * (window.size + target.size + (0 if as_read else target.size + core.size))
     scores += 3 * core.size
-    in_flight = min(TILES_IN_FLIGHT, len(plan))
-    at_once = STREAMS if plan.mode == "blend" and not plan.sight.local and cost.runner == "openvino" else 1
-    engine, relative = int(at_once * cost.engine_bytes_per_pixel * window.size), 1.0
+    engine, relative = int(cost.engine_bytes_per_pixel * window.size), 1.0
     if stages is not None and staging is not None:
         wanted = target.shift([-start for start in window.start])
         engine = stages.memory(window.shape, wanted, staging, cost.runner)
         relative = stages.work(window.shape, wanted, staging) / (stages.inner[0].work * window.size)
     # Weights as the file has them, as the engine does, and as it has packed them.
     process = PROCESS_BYTES + RUNNER_BYTES[cost.runner] + 3 * cost.weights
-    memory = process + in_flight * (array + scores + 500 * count) + engine
+    process += PART_BYTES * staging.levels if staging is not None and cost.runner != "openvino" else 0
+    labelling = in_flight * (array + scores + 500 * count) + reading + engine
+    proving = int(cost.proof_bytes_per_pixel * (window.size if plan.mode == "blend" else min(window.size, _PROVED)))
+    memory = process + max(labelling, array + scores + proving)
     return replace(plan, memory=memory, staging=staging, staged_work=relative)
 
 

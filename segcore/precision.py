@@ -115,8 +115,8 @@ def _looked_at(labeller: Labeller, precision: Precision) -> tuple[Labeller, tupl
     places = _places(seen)
     if not places[1]:
         raise ModelError(
-            f"{labeller.source.uri} has too few valid pixels to prove a network in {precision} on; leave --precision "
-            f"{precision} out"
+            f"{labeller.source.uri} has too few valid pixels to prove a network in {precision} on; check its nodata "
+            f"value and its bands, or leave --precision {precision} out"
         )
     return seen, places
 
@@ -143,6 +143,8 @@ def _compared(
         same += np.bincount(expected.labels[valid & (expected.labels == found.labels)], minlength=classes)
         slow_seconds += expected.infer_seconds
         quick_seconds += found.infer_seconds
+    with labeller.segmenter.device:  # its arrays and those of the other would be held side by side
+        labeller.segmenter.release()
     pixels = int(of_class.sum())
     return Proof(
         float(same.sum()) / pixels,
@@ -172,6 +174,9 @@ class _Onlooker:
     def __call__(self, batch: Floats, wanted: Box | None = None) -> Floats:
         self.shown.append(batch)
         return np.zeros((len(batch), self.classes, *batch.shape[2:]), np.float32)
+
+    def release(self) -> None:
+        self.shown.clear()
 
 
 def _without_halo(plan: Plan) -> Plan:

@@ -85,11 +85,17 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     return document if isinstance(document, dict) else None
 
 
-def is_current(path: Path, fingerprint: str) -> bool:
-    """Whether the product with this manifest was made of the same input, model and settings, and is whole."""
+def is_current(path: Path, fingerprint: str, agreement: float = 0.0) -> bool:
+    """Whether the product with this manifest was made of the same input, model and settings, and is whole.
+
+    `agreement`: share of labels that a network in shorter numbers had to have in common with fp32.
+    """
     document = read_manifest(path)
     try:
         if document is None or document["properties"]["segflow:fingerprint"] != fingerprint:
+            return False
+        proofs = [document["properties"].get(key) for key in ("segflow:bf16", "segflow:int8")]
+        if any(proof["agreement"] < agreement for proof in proofs if proof):
             return False
     except (KeyError, TypeError):
         return False

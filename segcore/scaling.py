@@ -27,18 +27,18 @@ class Operation:
     a: tuple[float, ...]
     b: tuple[float, ...]
 
-    def __call__(self, values: Floats) -> Floats:
+    def __call__(self, values: Floats) -> None:
         """The step on values (C, *spatial), in place."""
         shape = (-1, *(1,) * (values.ndim - 1))
         a = np.array(self.a, np.float32).reshape(shape)
         b = np.array(self.b, np.float32).reshape(shape)
         if self.kind == "clip":
-            return np.clip(values, a, b, out=values)
-        if self.kind == "affine":
+            np.clip(values, a, b, out=values)
+        elif self.kind == "affine":
             np.multiply(values, a, out=values)
-            return np.add(values, b, out=values)
-        np.copyto(values, a, where=np.isnan(values))
-        return values
+            np.add(values, b, out=values)
+        else:
+            np.copyto(values, a, where=np.isnan(values))
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +47,13 @@ class Scaling:
 
     operations: tuple[Operation, ...]
 
-    def __call__(self, values: Floats) -> Floats:
-        """Scaled values (C, *spatial), free of NaN, from physical ones in which NaN marks invalid pixels; in place."""
+    def __call__(self, values: Floats) -> None:
+        """Scale physical values (C, *spatial) in place; NaN, which marks invalid pixels, becomes zero."""
         for rows in strips(values.shape[1:]):
             piece = values[:, rows]
             for operation in self.operations:
                 operation(piece)
             piece[np.isnan(piece)] = 0
-        return values
 
     def to_json(self) -> list[dict[str, Any]]:
         return [{"kind": op.kind, "a": list(op.a), "b": list(op.b)} for op in self.operations]

@@ -136,11 +136,11 @@ def _segment(
     prospect = survey(job, core)
     source, plan, card = prospect.source, prospect.plan, prospect.model.card
     manifest = manifest_path(Path(job.out).absolute(), source.name)
-    if is_current(manifest, prospect.fingerprint):
+    if is_current(manifest, prospect.fingerprint, prospect.job.settings.agreement):
         _tidy(prospect.hidden, guarding)
         return Outcome("up to date", source.name, source.uri, str(manifest), time.perf_counter() - began, len(plan))
     with guarding(prospect.hidden) as guard:
-        if is_current(manifest, prospect.fingerprint):  # another run has just made it
+        if is_current(manifest, prospect.fingerprint, prospect.job.settings.agreement):  # another run has just made it
             return Outcome("up to date", source.name, source.uri, str(manifest), time.perf_counter() - began, len(plan))
         try:
             created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

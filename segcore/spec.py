@@ -140,9 +140,10 @@ def symmetric(reach: Iterable[int]) -> Sides:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What one pixel costs the planner. Bytes are those that a window holds while it is inferred, per input pixel.
+    """What one pixel costs the planner. Bytes are those that windows hold while they are inferred, per input pixel.
 
-    `runner`: what the network is run in; `weights`: bytes of its file.
+    `runner`: what the network is run in; `weights`: bytes of its file; `proof_bytes_per_pixel`: held while shorter
+    numbers are compared with fp32.
     """
 
     channels: int
@@ -150,6 +151,7 @@ class Cost:
     engine_bytes_per_pixel: float
     runner: Runner = "onnxruntime"
     weights: int = 0
+    proof_bytes_per_pixel: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,9 @@ CHUNKS = {2: (256, 384, 512), 3: (48, 64, 80, 96, 128, 160)}
 #: Bytes of a value: float32.
 _VALUE = 4
 #: What an engine holds beside the arrays of a network, and the heap beside what is in use (measured), as a factor.
-_WORKING = {"onnxruntime": 1.15, "openvino": 1.25, "torch": 1.15}
+_WORKING = {"onnxruntime": 1.9, "openvino": 1.25, "torch": 1.9}
+#: The same of one pass.
+_ONE_PASS = 1.25
 #: The arena of ONNX Runtime grows in powers of two: what chunks hold of it, as a factor.
 _ARENA = {"onnxruntime": 1.5, "openvino": 1.0, "torch": 1.0}
 
@@ -186,7 +188,7 @@ class Stages:
         """Bytes that the engine holds at its peak beside the window itself, for one window of which a box is wanted."""
         depth = self.depth(window, staging)
         if depth == 0:
-            return int(_WORKING[runner] * (self.inner[0].bytes - _VALUE * self.channels) * prod(window))
+            return int(_ONE_PASS * (self.inner[0].bytes - _VALUE * self.channels) * prod(window))
         # Pages of the scores that are outside of what is wanted are never touched.
         return int(_WORKING[runner] * max(held for held, _ in self._steps(window, wanted, staging, depth, runner)))
 

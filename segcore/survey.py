@@ -22,6 +22,7 @@ from segcore.io.source import Source, Wanted
 from segcore.machine import free_memory
 from segcore.model import check_precision, runner_of, stages_of
 from segcore.model.card import Card, Model, load_card
+from segcore.model.quantise import VERSION as QUANTISE_VERSION
 from segcore.model.quantise import find_quantised
 from segcore.plan import Plan, make_plan
 from segcore.spec import Engine, Job, Runner, times
@@ -126,7 +127,7 @@ def survey(job: Job, core: tuple[int, ...] | None = None) -> Prospect:
 
     def plan_with(runner: Runner, core: tuple[int, ...] | None) -> Plan:
         measured = job.settings.tolerance is not None
-        cost = model.card.cost(runner, model.weights_bytes, job.settings.precision)
+        cost = model.card.cost(runner, model.weights_bytes, job.settings.precision, job.settings.engine)
         stages = _stages_of(model, canvas) if job.settings.precision == "fp32" else None
         return make_plan(
             source.grid,
@@ -141,15 +142,23 @@ def survey(job: Job, core: tuple[int, ...] | None = None) -> Prospect:
         )
 
     # With what a run was interrupted that is gone on with if it can be, whatever memory is free today.
-    ways: list[tuple[Runner, tuple[int, ...] | None]] = [(runner, given) for runner in runners]
-    if given is None:
-        found = [(runner, _interrupted_core(job, source.name, fingerprint, runner)) for runner in runners]
-        ways = [(runner, interrupted) for runner, interrupted in found if interrupted] + ways
-    for runner, way in ways[:-1]:
+    for runner in runners if given is None else []:
+        if (interrupted := _interrupted_core(job, source.name, fingerprint, runner)) is not None:
+            with contextlib.suppress(PlanError):
+                plan = plan_with(runner, interrupted)
+                return Prospect(job, model, source, plan, fingerprint, runner, calibration)
+    plans: dict[Runner, Plan] = {}
+    for runner in runners[:-1]:
         with contextlib.suppress(PlanError):
-            return Prospect(job, model, source, plan_with(runner, way), fingerprint, runner, calibration)
-    runner, way = ways[-1]
-    return Prospect(job, model, source, plan_with(runner, way), fingerprint, runner, calibration)
+            plans[runner] = plan_with(runner, given)
+    try:
+        plans[runners[-1]] = plan_with(runners[-1], given)
+    except PlanError:
+        if not plans:
+            raise
+    # The quicker engine holds more: where that makes its tiles too small, the other one is the quicker.
+    runner = min(plans, key=lambda runner: plans[runner].effort(runner))
+    return Prospect(job, model, source, plans[runner], fingerprint, runner, calibration)
 
 
 def _runners(model: Model, job: Job) -> list[Runner]:
@@ -281,7 +290,7 @@ def _calibration(job: Job, model: Model, source: Source) -> str | None:
         return None
     if (kept := find_quantised(model)) is not None:
         return kept.calibration
-    mine = {"input": source.identity(), "settings": job.settings.pixels()}
+    mine = {"input": source.identity(), "settings": job.settings.pixels(), "quantise": QUANTISE_VERSION}
     return hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()
 
 

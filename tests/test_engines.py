@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
+import torch
 from conftest import save_local_unet
 from rasterio.transform import from_origin
 
@@ -20,6 +21,7 @@ from segcore.model.card import Model, load_card
 from segcore.model.onnx import OnnxSegmenter
 from segcore.model.openvino import OpenVinoSegmenter
 from segcore.model.probe import noise
+from segcore.model.torch import TorchSegmenter
 from segcore.spec import Job, Settings
 from segcore.survey import Prospect, survey
 
@@ -132,6 +134,45 @@ def test_what_openvino_has_no_room_for_is_run_in_onnx_runtime(local: Model, tmp_
         surveyed(memory=340 * 2**20, engine="openvino")
     with pytest.raises(PlanError, match="int8 is run in OpenVINO"):
         surveyed(precision="int8", engine="onnxruntime")
+
+
+def test_what_an_engine_is_given_stays_as_it_is(local: Model) -> None:
+    class Greedy(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.sub_(x.mean())
+
+    image = noise((1, 1, 64, 64))
+    before = image.copy()
+    for segmenter in (TorchSegmenter(Greedy(), 1), load_segmenter(local, 1)):
+        segmenter(image)
+        assert np.array_equal(image, before), segmenter.engine
+
+
+def test_an_engine_that_gave_back_its_memory_goes_on(local: Model) -> None:
+    for engine in ("openvino", "onnxruntime"):
+        segmenter, image = load_segmenter(local, 1, engine=engine), noise((1, 1, 256, 256))  # type: ignore[arg-type]
+        before = segmenter(image)
+        segmenter.release()
+        assert np.array_equal(segmenter(image), before)
+
+
+def test_tiles_that_are_too_small_in_one_engine_are_those_of_the_other(tmp_path: Path) -> None:
+    wide = save_local_unet(tmp_path / "wide", "yx", width=32, poolings=3)
+    scene = tmp_path / "scene.tif"
+    with rasterio.open(scene, "w", driver="GTiff", count=1, height=3000, width=3000, dtype="uint8", sparse_ok=True,
+                       crs="EPSG:32616", transform=from_origin(452475, 3408645, 30, 30)):  # fmt: skip
+        pass
+    found = {}
+    for memory in range(360, 2000, 20):
+        try:
+            job = Job("scene", str(scene), str(wide), str(tmp_path / "out"), Settings(memory=memory * 2**20))
+            found[memory] = survey(job)
+        except PlanError:
+            continue
+    runners = [prospect.runner for prospect in found.values()]
+    assert runners == sorted(runners), "the more memory, the rather OpenVINO"
+    assert set(runners) == {"onnxruntime", "openvino"}
+    assert all(prospect.plan.work < 3 for prospect in found.values() if prospect.runner == "openvino")
 
 
 def test_a_batch_that_fails_leaves_the_engine_usable(local: Model) -> None:

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
+from xml.sax.saxutils import escape
 
 import numpy as np
 import pytest
@@ -92,10 +93,27 @@ def test_every_type_with_scale_offset_and_nodata(make: Callable[..., Path], dtyp
     assert np.array_equal(out, np.where(values == 7, np.nan, values * 2.0 + 1).astype(np.float32), equal_nan=True)
 
 
+def test_a_file_that_does_not_say_what_its_pixels_are(make: Callable[..., Path], tmp_path: Path) -> None:
+    """A VRT that was written by hand: GDAL reads its pixels as areas, and so is the mask's frame."""
+    path = make(RNG.integers(0, 9, (1, 30, 40)).astype(np.uint8), "a.tif")
+    with rasterio.open(path) as file:
+        crs, t = file.crs.to_wkt(), file.transform
+    (tmp_path / "hand.vrt").write_text(
+        f'<VRTDataset rasterXSize="40" rasterYSize="30"><SRS>{escape(crs)}</SRS>'
+        f"<GeoTransform>{t.c}, {t.a}, {t.b}, {t.f}, {t.d}, {t.e}</GeoTransform>"
+        f'<VRTRasterBand dataType="Byte" band="1"><SimpleSource><SourceFilename>{path}</SourceFilename>'
+        f"<SourceBand>1</SourceBand></SimpleSource></VRTRasterBand></VRTDataset>"
+    )
+    frame = raster_file(str(tmp_path / "hand.vrt"), "scene", wanted("a")).frame
+    labels = ArrayLabels(RNG.integers(0, 3, (30, 40)).astype(np.uint8))
+    frame.write_labels(tmp_path / "mask.tif", labels, LEGEND)
+    frame.verify(tmp_path / "mask.tif", labels)
+
+
 @pytest.mark.parametrize(
     ("dtype", "nodata"),
     [("uint8", 0), ("uint16", 65535), ("int16", -32768), ("int32", -(2**31)), ("uint32", 2**32 - 1), ("float32", 0.1),
-     ("float64", -1e300), ("float32", float("nan")), ("int64", 2**40)],
+     ("float64", -1e300), ("float32", float("nan")), ("int64", 2**40), ("int8", -7)],
 )  # fmt: skip
 def test_nodata_is_what_gdal_masks(make: Callable[..., Path], dtype: str, nodata: float) -> None:
     """Where a value says by itself what is not valid, GDAL is not asked: it would read the file again."""

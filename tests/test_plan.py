@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import assume, given
@@ -11,7 +13,7 @@ from segcore.box import Box
 from segcore.errors import PlanError
 from segcore.grid import Grid
 from segcore.plan import LARGEST_GROWTH, PROCESS_BYTES, Plan, make_plan
-from segcore.spec import Cost, Settings, Sight, format_bytes, parse_bytes, symmetric
+from segcore.spec import Cost, Mode, Settings, Sight, format_bytes, parse_bytes, symmetric
 
 COST = Cost(channels=2, classes=3, engine_bytes_per_pixel=100)
 LOTS = 2**40
@@ -126,23 +128,14 @@ def test_a_scene_that_fits_is_one_tile_of_a_local_network() -> None:
 
 
 def test_a_larger_scene_that_fits_is_cut_where_memory_takes_longer_than_halos() -> None:
-    grid = Grid("yx", (2000, 2000))
-    cut = make_plan(grid, grid.shape, Sight((16, 16), REACH), COST, LOTS)
-    whole = make_plan(grid, grid.shape, Sight((16, 16), REACH), COST, LOTS, core=grid.shape)
+    grid, cost = Grid("yx", (2000, 2000)), replace(COST, runner="openvino")
+    cut = make_plan(grid, grid.shape, Sight((16, 16), REACH), cost, LOTS)
+    whole = make_plan(grid, grid.shape, Sight((16, 16), REACH), cost, LOTS, core=grid.shape)
     assert 2 <= len(cut) <= 9
     assert cut.work < 1.3
     assert cut.memory < 0.7 * whole.memory
     seen = Sight((16, 16), symmetric((400, 400)))  # a halo that is as large as the tiles would be
-    assert len(make_plan(grid, grid.shape, seen, COST, LOTS)) == 1
-
-
-def test_the_largest_tile_comes_first() -> None:
-    grid = Grid("yx", (5000, 3000))
-    plan = make_plan(grid, grid.shape, Sight((16, 16), REACH), COST, LOTS, core=(1000, 1008))
-    first, *rest = plan.indices()
-    assert plan.tile(first).hull.size == max(plan.tile(index).hull.size for index in plan.indices())
-    assert rest == sorted(rest)
-    assert sorted([first, *rest]) == sorted(np.ndindex(*plan.counts))
+    assert len(make_plan(grid, grid.shape, seen, cost, LOTS)) == 1
 
 
 def test_memory_does_not_change_what_a_network_that_is_not_local_sees() -> None:
@@ -237,6 +230,33 @@ def test_no_tile_needs_much_more_than_the_plan_predicts(plan: Plan) -> None:
     predicted = plan.memory - PROCESS_BYTES
     most = max(plan.tile(index).hull.size + plan.tile(index).read.size for index in list(plan.indices())[:60])
     assert 4 * COST.channels * 2 * most <= 2 * predicted + 4096
+
+
+@given(plans())
+def test_the_tile_that_shows_most_comes_first(plan: Plan) -> None:
+    first, *rest = plan.indices()
+    assert rest == sorted(rest)
+    assume(len(rest) < 400)
+    assert sorted([first, *rest]) == sorted(np.ndindex(*plan.counts))
+    assert plan.tile(first).hull.size == max(plan.tile(index).hull.size for index in [first, *rest])
+
+
+def test_a_proof_counts_where_its_windows_are_large() -> None:
+    def memory(sight: Sight, proof: float, mode: Mode = "auto") -> int:
+        grid, cost = Grid("yx", (6000, 6000)), replace(COST, proof_bytes_per_pixel=proof)
+        return make_plan(grid, grid.shape, sight, cost, LOTS, core=(2048, 2048), mode=mode).memory
+
+    windowed = Sight((16, 16), None, (1024, 1024), (512, 512))
+    assert memory(windowed, 2000.0) > memory(windowed, 0.0) + 2**29
+    # Where windows are as large as tiles a proof has its own, small ones.
+    assert memory(Sight((16, 16), REACH), 250.0) == memory(Sight((16, 16), REACH), 0.0)
+
+
+def test_scenes_of_many_tiles_are_cut_alike() -> None:
+    sight = Sight((8, 8), symmetric((22, 22)))
+    sizes = (4_000, 8_000, 20_000, 40_000, 80_000)
+    found = [make_plan(Grid("yx", (n, n)), (n, n), sight, COST, 2**31).memory for n in sizes]
+    assert max(found) < 1.2 * min(found)
 
 
 def test_a_sliver_at_the_end_does_not_hide_what_the_first_tile_needs() -> None:

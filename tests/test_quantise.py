@@ -135,6 +135,9 @@ def test_bf16_end_to_end(river: Path, windowed: Path, tmp_path: Path, workers: W
     assert mask_of(tmp_path / "tiled", river) == mask_of(tmp_path / "whole", river)
     assert check_seams(Path(tiled.product)).clean
     assert segment_scene(job(river, windowed, tmp_path / "whole", precision="bf16"), workers).state == "up to date"
+    with pytest.raises(ModelError, match="is wanted"):  # a product that was good enough is not what is asked for now
+        segment_scene(job(river, windowed, tmp_path / "whole", precision="bf16", agreement=1.0), workers)
+    assert mask_of(tmp_path / "whole", river) == mask_of(tmp_path / "tiled", river), "the older product stays"
     with pytest.raises(ModelError, match=r"in bf16 gives .* 100\.0000% is wanted; leave --precision bf16 out"):
         segment_scene(job(river, windowed, tmp_path / "refused", precision="bf16", agreement=1.0), workers)
 
@@ -171,6 +174,17 @@ def test_labels_that_are_all_alike_prove_nothing() -> None:
     with pytest.raises(ModelError, match="one label, so that nothing is proved"):
         proof.check(0.995, "constant")
     assert Proof.from_json(json.loads(json.dumps(proof.to_json()))) == proof
+
+
+@needs_openvino
+def test_networks_of_another_making_are_others(
+    river: Path, windowed: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = survey(job(river, windowed, tmp_path))
+    monkeypatch.setattr("segcore.survey.QUANTISE_VERSION", 0)
+    once = survey(job(river, windowed, tmp_path))
+    assert once.fingerprint != now.fingerprint
+    assert once.scratch_root != now.scratch_root
 
 
 @needs_openvino

@@ -56,7 +56,7 @@ class GeoFrame:
     crs: CRS | None
     transform: tuple[float, ...]
     gcps: tuple[tuple[float, ...], ...] = ()
-    area_or_point: str | None = None
+    area_or_point: str = "Area"
     suffix: str = ".tif"
 
     def write_labels(self, path: Path, labels: LabelReader, legend: Legend) -> list[Path]:
@@ -157,8 +157,7 @@ class GeoFrame:
         try:
             with gdal_environment():
                 with rasterio.open(plain, "w", **profile, **_PLAIN, **georeference) as to:
-                    if self.area_or_point:
-                        to.update_tags(AREA_OR_POINT=self.area_or_point)
+                    to.update_tags(AREA_OR_POINT=self.area_or_point)
                     yield to
                 if halve is not None:
                     _build_overviews([plain, *overviews], halve)
@@ -178,7 +177,7 @@ def frame_of(file: DatasetReader) -> GeoFrame:
         crs=file.crs or points_crs or None,
         transform=tuple(file.transform)[:6],
         gcps=tuple((point.row, point.col, point.x, point.y, point.z or 0.0) for point in points),
-        area_or_point=file.tags().get("AREA_OR_POINT"),
+        area_or_point=file.tags().get("AREA_OR_POINT", "Area"),  # so GDAL reads a file that does not say
     )
 
 

@@ -282,9 +282,12 @@ def _physical(stored: NDArray[Any], scale: float, offset: float, nodata: Iterabl
     return values
 
 
-def _is_plain(stored: np.dtype[Any], nodata: float) -> bool:
-    """Whether a nodata value says by itself which pixels are not valid: it need not be rounded to what is stored."""
-    return stored.kind in "iu" and stored.itemsize <= 4 and float(nodata).is_integer()
+def _is_plain(stored: np.dtype[Any], nodata: float | None) -> bool:
+    """Whether a nodata value says by itself which pixels are not valid: it need not be rounded to what is stored.
+
+    None: rasterio does not tell it.
+    """
+    return nodata is not None and stored.kind in "iu" and stored.itemsize <= 4 and float(nodata).is_integer()
 
 
 def _unreadable(uri: str, at: Box, error: RasterioIOError) -> SceneError:

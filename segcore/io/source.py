@@ -143,6 +143,7 @@ class Source(Protocol):
     def read(self, box: Box) -> Floats:
         """Channels in the model's order, (C, *box.shape), in physical units; NaN where a pixel is not valid.
 
+        The array is new, and the caller's to change.
         `box` lies inside the grid. Raises SceneError.
         """
         ...

@@ -12,6 +12,7 @@ import numpy as np
 
 from segcore.errors import ModelError
 from segcore.files import sha256_of
+from segcore.machine import release_memory
 from segcore.model.card import Card, Model
 from segcore.model.probe import Network, largest_error, noise, rounding_of
 from segcore.model.quantise import Quantised
@@ -62,6 +63,9 @@ def load_segmenter(
 
             segmenter = TorchSegmenter(load_module(artifact, path), threads)
     _confirm(segmenter, model.card)
+    # What was compared held arrays, and networks of its own.
+    segmenter.release()
+    release_memory()
     return segmenter
 
 

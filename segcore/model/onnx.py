@@ -65,6 +65,9 @@ class OnnxSegmenter:
             raise failure("ONNX Runtime", f"a batch of shape {batch.shape}", one_line(error)) from error
         return np.asarray(out, dtype=np.float32)
 
+    def release(self) -> None:
+        """There is nothing to give back: it has no arena."""
+
 
 class OnnxPart:
     """A part of a network, on the CPU. `chunks`: whether it is run chunk after chunk. Raises ModelError."""
@@ -75,6 +78,8 @@ class OnnxPart:
         if chunks:
             # An arena spares it new pages for every chunk, and is given back after the last.
             options.enable_cpu_mem_arena = True
+            # By a pattern it would take, on the second chunk, all that it needs once more, in one piece.
+            options.enable_mem_pattern = False
             # Several parts take turns: the idle threads of one would spin in the way of the next.
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:

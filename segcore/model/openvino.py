@@ -57,10 +57,14 @@ class OpenVinoPart:
 
     def __call__(self, given: Sequence[Floats], last: bool = False) -> Floats:
         (made,) = self.run_all([given])
-        if last:  # a request holds what it was given and what came out
-            self._requests.clear()
-            self._compiled.release_memory()
+        if last:
+            self.release()
         return made
+
+    def release(self) -> None:
+        """Give back all arrays; a request holds what it was given and what came out, too."""
+        self._requests.clear()
+        self._compiled.release_memory()
 
     def run_all(self, all_given: Sequence[Sequence[Floats]]) -> list[Floats]:
         """Run it on several inputs, side by side."""
@@ -112,10 +116,12 @@ class OpenVinoSegmenter:
         except (OSError, KeyError, zipfile.BadZipFile, ModelError) as error:
             raise ModelError(f"{path}: {one_line(error)}") from error
         self.device = threading.Lock()
-        self.engine = f"openvino {openvino.get_version().split('-')[0]} (CPU, {threads} threads)"
-        if precision == "bf16":
-            self.engine = self.engine.replace(")", ", bf16)")
+        how = f"CPU, {threads} threads" + (", bf16" if precision == "bf16" else "")
+        self.engine = f"openvino {openvino.get_version().split('-')[0]} ({how})"
         self.batch = streams
+
+    def release(self) -> None:
+        self._network.release()
 
     def __call__(self, batch: Floats, wanted: Box | None = None) -> Floats:
         if self.batch == 1:

@@ -49,9 +49,10 @@ def quantise(weights: Path, batches: Sequence[Floats], target: Path) -> str:
 
     `batches`: what it is calibrated on, (N, C, *window) each, scaled. Weights are signed and have a scale for each
     channel, activations have one for each tensor, and what rounding shifts is given back to the biases. The first and
-    the last convolutions stay in floats, as is usual: a small part of the work, and half of the error. The same file
-    and batches give the same bytes. It is made in a process of its own, whose memory goes with it: NNCF holds much, and
-    writes to the terminal. Raises ModelError where it cannot be made.
+    the last convolutions stay in floats, as is usual: that halves the error (of a BasicUNet's labels 0.25 % differed,
+    and not 0.45 %), and takes a twelfth to two fifths more time. The same file and batches give the same bytes. It is
+    made in a process of its own, whose memory goes with it: NNCF holds much, and writes to the terminal. Raises
+    ModelError where it cannot be made.
     """
     with tempfile.TemporaryDirectory() as folder:
         made, shown = Path(folder) / "int8.zip", []

@@ -29,7 +29,7 @@ def failure(engine: str, what: str, reason: str) -> ModelError:
 
 
 class Segmenter(Protocol):
-    """A loaded network: arrays in, arrays out.
+    """A loaded network: arrays in, arrays out. What it is given it leaves as it is.
 
     Loaded once per process and shared by its threads: whoever calls it holds `device`, so that one inference at a time
     is on the device. The result for a window depends on that window alone, not on the others of the batch.
@@ -48,6 +48,10 @@ class Segmenter(Protocol):
         `wanted`: the box that is needed of each window, counted from its corner; None for all of it. Scores outside may
         be anything.
         """
+        ...
+
+    def release(self) -> None:
+        """Give back the memory that it keeps from window to window."""
         ...
 
 
@@ -95,6 +99,9 @@ class BoxFilter:
         hidden = np.full_like(scores, np.nan)
         hidden[at] = scores[at]
         return hidden
+
+    def release(self) -> None:
+        """It keeps nothing."""
 
 
 def _conforms(fake: BoxFilter) -> Segmenter:

@@ -64,6 +64,10 @@ class StagedSegmenter:
             )
         return scores
 
+    def release(self) -> None:
+        self._plain.release()
+        self._inner = None
+
     def _rise(self, out: Floats, image: Floats, depth: int, wanted: Box, staging: Staging) -> None:
         """Write what rises to a level in a wanted box of its grid. `image`: what has gone down to it."""
         level, shape = self.stages.levels[depth], image.shape[2:]

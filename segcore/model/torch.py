@@ -90,7 +90,8 @@ class TorchSegmenter:
             with torch.inference_mode():
                 # OpenMP keeps the number of threads per calling thread, so it is said in each of them.
                 torch.set_num_threads(self._threads)
-                out = self._module(torch.from_numpy(batch).to(self._device))
+                # A copy: a module may change its input in place, and whoever asks may want it again.
+                out = self._module(torch.tensor(batch, device=self._device))
         except Exception as error:  # whatever the module's own code raises
             raise failure("torch", f"a batch of shape {batch.shape}", _cause(error)) from error
         if not isinstance(out, torch.Tensor):
@@ -99,6 +100,11 @@ class TorchSegmenter:
                 f"module that returns just these"
             )
         return np.ascontiguousarray(out.float().cpu().numpy())
+
+    def release(self) -> None:
+        """There is nothing to give back on a CPU; on a GPU, what torch keeps for the next window."""
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 class TorchNetwork(TorchSegmenter):
