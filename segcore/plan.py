@@ -130,8 +130,9 @@ class Plan:
 
         So an engine that keeps its arrays from window to window makes them once, and what does not fit shows at once.
         """
-        yield self.middle
-        yield from (index for index in product(*map(range, self.counts)) if index != self.middle)
+        first = self.middle
+        yield first
+        yield from (index for index in product(*map(range, self.counts)) if index != first)
 
     @property
     def halo(self) -> Sides:
@@ -216,9 +217,13 @@ class Plan:
         counts = [sum(len(self._window_ranges(t)[axis]) for t in self._along(axis)) for axis in self._axes]
         return prod(counts) * prod(self.sight.window) / prod(self.canvas)
 
+    def pace(self, runner: Runner) -> float:
+        """Time of a multiply-add with it, relative to one of a pass over a whole window in the same runner."""
+        return _STAGED_PACE[runner] if self.staging else 1.0
+
     def effort(self, runner: Runner) -> float:
         """Time that a scene takes with it, relative to other plans and in other runners."""
-        return self.work * _PACE[runner] * (_STAGED_PACE[runner] if self.staging else 1.0)
+        return self.work * _PACE[runner] * self.pace(runner)
 
     @property
     def resting(self) -> int:
@@ -269,13 +274,6 @@ def make_plan(
         )
     whole_only = chosen == "exact" and not sight.local
 
-    def pace(plan: Plan) -> float:
-        return _STAGED_PACE[cost.runner] if plan.staging else 1.0
-
-    def effort(plan: Plan) -> float:
-        """Time of a plan, relative to others with the same cores."""
-        return plan.staged_work * pace(plan)
-
     def plan_of(core: tuple[int, ...], thorough: bool = True) -> Plan:
         """With the way to run its windows that takes the least work in this memory, or else the least memory."""
         plain = _with_memory(Plan(grid, canvas, sight, chosen, core, 0), cost, None)
@@ -288,7 +286,11 @@ def make_plan(
             return plain  # what the tile holds beside the network is too much already
         ways = [plain, *(_with_memory(plain, cost, stages, staging) for staging in _stagings(plain, stages))]
         fitting = [way for way in ways if way.memory <= memory]
-        return min(fitting, key=effort) if fitting else min(ways, key=lambda way: way.memory)
+        return (
+            min(fitting, key=lambda way: way.staged_work * way.pace(cost.runner))
+            if fitting
+            else min(ways, key=lambda way: way.memory)
+        )
 
     if whole_only:
         if core is not None and any(n > c for n, c in zip(grid.shape, core, strict=True)):
@@ -324,7 +326,7 @@ def make_plan(
         # In a large scene nearly every tile is as the one in the middle.
         work = window.size / target.size * plan.staged_work if prod(canvas) >= _LARGE else plan.work
         taken = _TAKING[cost.runner] * window.size / min(prod(canvas), _LARGE)
-        return (work * pace(plan) + taken) * _stake(plan)
+        return (work * plan.pace(cost.runner) + taken) * _stake(plan)
 
     best: Plan | None = None
     for side in _sides(grid, canvas, sight, chosen):

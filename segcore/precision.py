@@ -94,7 +94,7 @@ def prove_bf16(labeller: Labeller, model: Model) -> Proof:
     """
     seen, (_, compared) = _looked_at(labeller, "bf16")
     segmenter = load_segmenter(model, usable_cores(), precision="bf16")
-    return _compared(labeller, seen, segmenter, compared, "bf16")
+    return _compared(labeller, seen, segmenter, compared)
 
 
 def prove_int8(labeller: Labeller, model: Model, path: Path, kept: Quantised | None, calibration: str) -> Proof:
@@ -106,7 +106,7 @@ def prove_int8(labeller: Labeller, model: Model, path: Path, kept: Quantised | N
     seen, (calibrated_on, compared) = _looked_at(labeller, "int8")
     network = kept or Quantised(path, quantise(model.weights()[1], _shown(seen, calibrated_on), path), calibration)
     segmenter = load_segmenter(model, usable_cores(), quantised=network)
-    return _compared(labeller, seen, segmenter, compared, "int8", network)
+    return _compared(labeller, seen, segmenter, compared, network)
 
 
 def _looked_at(labeller: Labeller, precision: Precision) -> tuple[Labeller, tuple[list[Tile], list[Tile]]]:
@@ -126,9 +126,9 @@ def _compared(
     seen: Labeller,
     segmenter: Segmenter,
     compared: list[Tile],
-    precision: Precision,
     network: Quantised | None = None,
 ) -> Proof:
+    """What `segmenter` is worth: the `network` in int8, or else bfloat16."""
     plain = replace(seen, segmenter=labeller.segmenter)
     quick = replace(seen, segmenter=segmenter)
     for warm in (plain, quick):  # what is done once for each size of window does not count
@@ -156,7 +156,7 @@ def _compared(
         network.sha256 if network else None,
         segmenter.engine,
         round(slow_seconds / max(quick_seconds, 1e-9), 2),
-        precision,
+        "int8" if network else "bf16",
     )
 
 

@@ -243,10 +243,10 @@ class Raster:
             for i, band in enumerate(bands):
                 scale = file.scales[band.index - 1] if band.scale is None else band.scale
                 offset = file.offsets[band.index - 1] if band.offset is None else band.offset
-                nodata, mask = [band.nodata], None
+                nodata, mask, declared = [band.nodata], None, file.nodatavals[band.index - 1]
                 flags = set(file.mask_flag_enums[band.index - 1])
-                if flags == {MaskFlags.nodata} and _is_plain(stored.dtype, file.nodatavals[band.index - 1]):
-                    nodata.append(file.nodatavals[band.index - 1])
+                if flags == {MaskFlags.nodata} and _is_plain(stored.dtype, declared):
+                    nodata.append(declared)
                 elif not flags & {MaskFlags.all_valid, MaskFlags.alpha}:
                     mask = file.read_masks(band.index, **single)
                 for rows in strips(stored.shape[1:]):

@@ -40,9 +40,9 @@ def load_segmenter(
     in int8 where it was `quantised`.
 
     `precision`: of a network that was not quantised, fp32 or bf16. `engine`: what runs an ONNX file in fp32; `auto`
-    takes OpenVINO for a local network on a CPU, where it is
-    installed and says what ONNX Runtime says. Its weights are checked, and so is its card's word that it is local.
-    Raises CardError, ModelError, and PlanError for a staging that the network does not have.
+    takes OpenVINO for a local network on a CPU, where it is installed and says what ONNX Runtime says. Its weights are
+    checked, and so is its card's word that it is local. Raises CardError, ModelError, and PlanError for a staging that
+    the network does not have.
     """
     artifact, path = model.weights()
     segmenter: Segmenter
