@@ -21,6 +21,7 @@ import yaml
 from distributed import LocalCluster
 from distributed.comm import parse_address, parse_host_port
 from distributed.comm.registry import get_backend
+from tornado.ioloop import PeriodicCallback
 
 from segcore.errors import PlanError, one_line
 from segcore.plan import TILES_IN_FLIGHT
@@ -43,6 +44,9 @@ _HERE = ("local", "cuda")
 #: What dask does in workers that we do without: looking at all threads all the time (see `Bench.setup`), and trying a
 #: batch again whose worker died (suspects are tried alone instead).
 _SETTINGS = {"distributed.worker.profile.enabled": False, "distributed.scheduler.allowed-failures": 0}
+
+#: Seconds between two looks at whether all workers of this machine are there.
+_KEEP_SECONDS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +114,8 @@ class ClusterFile:
                     cluster.scale(self.workers)
         except Exception as error:  # whatever the class of another package raises for options that it does not like
             raise PlanError(f"{self.path}: no cluster of kind {self.kind}: {_reasons(error)}") from error
+        if self.kind in _HERE and self.maximum is None:
+            _keep(cluster, max(1, self.workers))
         return cluster
 
 
@@ -138,13 +144,27 @@ def is_cluster_file(where: str) -> bool:
 def local_cluster(processes: int) -> LocalCluster:
     """A worker that is threads of this process (0), or so many workers that are processes of their own."""
     with dask.config.set(_SETTINGS):
-        return LocalCluster(
+        cluster = LocalCluster(
             n_workers=max(1, processes),
             threads_per_worker=TILES_IN_FLIGHT,
             processes=processes > 0,
             host="127.0.0.1" if processes else None,
             **_loopback(),
         )
+    if processes:
+        _keep(cluster, processes)
+    return cluster
+
+
+def _keep(cluster: LocalCluster, workers: int) -> None:
+    """Have so many workers again whatever happens to them.
+
+    A nanny starts its worker again, but not one that died while it was started; and one that takes longer than 15 s
+    (a busy machine) is given up by the cluster, for good.
+    """
+    again = PeriodicCallback(lambda: cluster.scale(workers), _KEEP_SECONDS * 1000)
+    cluster.periodic_callbacks["keep"] = again  # which the cluster stops when it closes
+    cluster.loop.add_callback(again.start)
 
 
 def _loopback() -> dict[str, Any]:

@@ -41,9 +41,9 @@ ATTEMPTS = 3
 DEATHS = 2
 #: Seconds in which a scheduler must answer.
 _ANSWER = 15.0
-#: Seconds in which a worker that died should be back.
-_REVIVAL = 60.0
-#: Seconds after a death in which nothing is submitted: a worker that dies while it is started is not started again.
+#: Seconds in which a worker that died should be back: dask gives it up after 15, and then it is started anew.
+_REVIVAL = 120.0
+#: Seconds after a death in which nothing is submitted: a worker that dies while it is started is late to be back.
 _SETTLE = 2.0
 #: Seconds that a tile under way is given to end: when its scene failed, and when the run is to stop.
 _PATIENCE, _HURRY = 60.0, 6.0
@@ -187,7 +187,7 @@ class Workers:
             self.keep_on()
             if time.monotonic() > until:
                 raise _nobody_left()
-            time.sleep(_LOOK)
+            time.sleep(_SETTLE)
 
     def end(self, addresses: list[str]) -> None:
         """End the processes of workers that do not end a tile; their nannies start others."""

@@ -52,6 +52,7 @@ HOMES = {
     "rich": {"flows.planning", "flows.models", "flows.console"},
     "distributed": {"segcore.execute", "segcore.worker", "segcore.cluster"},
     "dask": {"segcore.cluster"},
+    "tornado": {"segcore.cluster"},
     "yaml": {"segcore.cluster"},
     "psutil": {"segcore.machine"},
     "rasterio": {"segcore.io.geotiff", "segcore.io.cog"},

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
+import dask
 import numpy as np
 import pytest
 from conftest import save_local_unet
@@ -94,6 +95,14 @@ def test_a_scene_that_hangs_is_ended(tmp_path: Path, processes: Workers) -> None
         list(label_tiles(made, made.plan.indices(), processes, scene_seconds=4))
     good = recipe(tmp_path)  # the worker that hung is not in the way
     assert len(list(label_tiles(good, good.plan.indices(), processes))) == len(good.plan)
+
+
+def test_a_worker_that_dask_gave_up_on_is_started_anew(tmp_path: Path) -> None:
+    made = recipe(tmp_path)
+    with dask.config.set({"distributed.deploy.lost-worker-timeout": "100ms"}), Workers(processes=1) as workers:
+        (pid,) = workers.client.run(os.getpid).values()
+        os.kill(pid, signal.SIGKILL)
+        assert len(list(label_tiles(made, made.plan.indices(), workers))) == len(made.plan)
 
 
 def test_out_of_memory_is_told_from_other_faults(tmp_path: Path, workers: Workers) -> None:
