@@ -13,6 +13,8 @@ from segcore.errors import PlanError
 from segcore.spec import format_bytes
 
 _CGROUP = Path("/sys/fs/cgroup")
+#: mallopt(3): its parameters, and bytes of an array from which on it is mapped by itself, so that it leaves no hole.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MAPPED = -1, -3, 4 * 2**20
 
 
 def check_memory(budget: int | None) -> None:
@@ -43,3 +45,14 @@ def release_memory() -> None:
     """Give memory that was freed back to the system: heaps keep it, in pieces that arrays of other sizes do not fit."""
     with contextlib.suppress(AttributeError, OSError):  # a C library other than glibc
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def keep_heap_small() -> None:
+    """From now on, this process gives memory back when it is freed, and not when there is much of it.
+
+    By itself glibc keeps arrays of up to 32 MiB, and as much again, for the next of their size.
+    """
+    with contextlib.suppress(AttributeError, OSError):  # a C library other than glibc
+        library = ctypes.CDLL(None)
+        library.mallopt(_MMAP_THRESHOLD, _MAPPED)
+        library.mallopt(_TRIM_THRESHOLD, 128 * 2**10)

@@ -35,9 +35,15 @@ Tiling = Literal["exact", "measured", "blend"]
 
 #: Bytes of a worker process with its libraries before it holds any tile, GDAL's block cache among them, and what is
 #: added by what the network is run in (measured).
-PROCESS_BYTES, RUNNER_BYTES = 280 * 2**20, {"onnxruntime": 0, "openvino": 200 * 2**20, "torch": 140 * 2**20}
+PROCESS_BYTES, RUNNER_BYTES = 280 * 2**20, {"onnxruntime": 0, "openvino": 170 * 2**20, "torch": 140 * 2**20}
+#: Bytes that heaps of several threads keep in holes, where tiles are under way side by side; in OpenVINO, which keeps
+#: its arrays by itself, and in torch they are counted with the runner (measured).
+_HOLES = {"onnxruntime": 32 * 2**20, "openvino": 0, "torch": 0}
 #: Bytes of what runs the parts of a level, unless OpenVINO does, which is counted with it (measured).
 PART_BYTES = 32 * 2**20
+#: Budgets below which a process is to give freed memory back at once, at up to a tenth of its time: the holes of its
+#: heaps grow to 100 MiB and more otherwise (measured).
+_TIGHT = 2**30
 #: Pixels of a core beyond which a larger one saves little and a lost one costs much.
 LARGEST_CORE = 2**22
 #: Pixels of a core below which smaller ones are taken only where memory wants it.
@@ -94,8 +100,9 @@ class Plan:
     `grid`: the scene's; `canvas`: shape of the network's grid (pixels); `core`: shape of a core on the scene's grid;
     `memory`: predicted peak of one worker process, in bytes; `shortened`: a halo that was measured, instead of the one
     that the network's reach asks for; `staging`: how windows are run in stages, None for one pass each, and
-    `staged_work`: multiply-adds of a window in stages, relative to those of one pass. Tiles are made on demand, so a
-    plan of a million of them is as small as a plan of one.
+    `staged_work`: multiply-adds of a window in stages, relative to those of one pass; `thrifty`: whether memory is so
+    tight that a process should give back at once what it frees. Tiles are made on demand, so a plan of a million of
+    them is as small as a plan of one.
     """
 
     grid: Grid
@@ -107,6 +114,7 @@ class Plan:
     shortened: Sides | None = None
     staging: Staging | None = None
     staged_work: float = 1.0
+    thrifty: bool = False
 
     @property
     def rescale(self) -> Rescale:
@@ -276,7 +284,7 @@ def make_plan(
 
     def plan_of(core: tuple[int, ...], thorough: bool = True) -> Plan:
         """With the way to run its windows that takes the least work in this memory, or else the least memory."""
-        plain = _with_memory(Plan(grid, canvas, sight, chosen, core, 0), cost, None)
+        plain = _with_memory(Plan(grid, canvas, sight, chosen, core, 0, thrifty=memory < _TIGHT), cost, None)
         if stages is None or chosen != "exact" or whole_only:
             return plain
         if (
@@ -465,6 +473,7 @@ def _with_memory(plan: Plan, cost: Cost, stages: Stages | None, staging: Staging
         relative = stages.work(window.shape, wanted, staging) / (stages.inner[0].work * window.size)
     # Weights as the file has them, as the engine does, and as it has packed them.
     process = PROCESS_BYTES + RUNNER_BYTES[cost.runner] + 3 * cost.weights
+    process += _HOLES[cost.runner] if in_flight > 1 else 0
     process += PART_BYTES * staging.levels if staging is not None and cost.runner != "openvino" else 0
     labelling = in_flight * (array + scores + 500 * count) + reading + engine
     proving = int(cost.proof_bytes_per_pixel * (window.size if plan.mode == "blend" else min(window.size, _PROVED)))

@@ -66,18 +66,34 @@ class Proof:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What a person should know who asked for other numbers to be quicker."""
-        if self.speed >= 1:
-            return ()
-        name = self.precision
-        return (f"{name} was slower here than fp32 ({self.speed:.2f} times its speed); leave --precision {name} out",)
+        name, found = self.precision, list[str]()
+        if self.speed < 1:
+            found.append(
+                f"{name} was slower here than fp32 ({self.speed:.2f} times its speed); leave --precision {name} out"
+            )
+        if self._all_alike:
+            found.append(
+                f"fp32 gives all {self.pixels} pixels at {self.places} places of the scene one label, so that their "
+                f"agreement says little about {name} on others"
+            )
+        return tuple(found)
 
-    def check(self, limit: float, model: str) -> None:
-        """Raises ModelError where the agreement is below the limit, or says nothing: labels that are all alike."""
+    @property
+    def _all_alike(self) -> bool:
+        return sum(count > 0 for count in self.of_class) < 2
+
+    def check(self, limit: float, model: str, calibrated_here: bool = False) -> None:
+        """Raises ModelError where the agreement is below the limit.
+
+        Also where it says nothing, since all labels are alike, of a network that was `calibrated_here`: on such a scene
+        no network in int8 is made that others would be labelled with.
+        """
         name = self.precision
-        if sum(count > 0 for count in self.of_class) < 2:
+        if calibrated_here and self._all_alike:
             raise ModelError(
                 f"model {model} in fp32 gives all {self.pixels} pixels at {self.places} places of the scene one label, "
-                f"so that nothing is proved of {name}; leave --precision {name} out"
+                f"so that nothing is proved of {name}; label a scene with several classes first, or leave --precision "
+                f"{name} out"
             )
         if self.agreement < limit:
             raise ModelError(

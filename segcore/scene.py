@@ -326,7 +326,7 @@ def _quantised(recipe: Recipe, workers: Workers, prospect: Prospect) -> tuple[Re
         kept = None
     work = partial(prove_int8, model=model, path=path, kept=kept, calibration=prospect.calibration)
     proof = _kept(recipe.scratch.root / "int8.json", Proof, lambda: run_once(recipe, workers, work))
-    proof.check(prospect.job.settings.agreement, model.card.name)
+    proof.check(prospect.job.settings.agreement, model.card.name, calibrated_here=kept is None)
     assert proof.sha256 is not None
     network = Quantised(path, proof.sha256, prospect.calibration)
     keep_quantised(model, network)

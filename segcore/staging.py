@@ -26,7 +26,7 @@ CHUNKS = {2: (256, 384, 512), 3: (48, 64, 80, 96, 128, 160)}
 #: Bytes of a value: float32.
 _VALUE = 4
 #: What an engine holds beside the arrays of a network, and the heap beside what is in use (measured), as a factor.
-_WORKING = {"onnxruntime": 1.9, "openvino": 1.25, "torch": 1.9}
+_WORKING = {"onnxruntime": 1.1, "openvino": 1.25, "torch": 1.9}
 #: The same of one pass.
 _ONE_PASS = 1.25
 #: The arena of ONNX Runtime grows in powers of two: what chunks hold of it, as a factor.

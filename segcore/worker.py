@@ -20,7 +20,7 @@ from distributed import Worker, WorkerPlugin, get_worker
 from segcore.errors import MemoryShortageError
 from segcore.io.scratch import Scratch
 from segcore.io.source import Source
-from segcore.machine import release_memory
+from segcore.machine import keep_heap_small, release_memory
 from segcore.model import load_segmenter
 from segcore.model.card import Model
 from segcore.model.quantise import Quantised
@@ -125,7 +125,7 @@ class Bench(WorkerPlugin):  # type: ignore[misc]
     def recipe(self, key: str, packed: bytes) -> Recipe:
         """The recipe as this process opened it first, so that its files are opened once."""
         with self._lock:
-            shelved = _recent(self._recipes, key, lambda: _Once(lambda: pickle.loads(packed)), keep=8)
+            shelved = _recent(self._recipes, key, lambda: _Once(lambda: _open(packed)), keep=8)
         return shelved.value()
 
     def segmenter(self, recipe: Recipe) -> Segmenter:
@@ -195,6 +195,13 @@ class Bench(WorkerPlugin):  # type: ignore[misc]
             self._stopped.add(key)
             self._recipes.pop(key, None)
             return self._active[key]
+
+
+def _open(packed: bytes) -> Recipe:
+    recipe: Recipe = pickle.loads(packed)
+    if recipe.plan.thrifty:
+        keep_heap_small()
+    return recipe
 
 
 def _load(recipe: Recipe, threads: int) -> Segmenter:

@@ -14,7 +14,9 @@ import pytest
 import rasterio
 from conftest import save_local_unet, segflow_command
 from rasterio.transform import from_origin
+from rasterio.windows import Window
 
+from segcore.grid import Grid
 from segcore.io import open_scene
 from segcore.model import load_segmenter, open_network
 from segcore.model.card import load_card
@@ -55,7 +57,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(scene: Path, model: Path, out: Path, memory: str) -> tuple[bytes, dict[str, Any], float]:
+def run(scene: Path, model: Path, out: Path, memory: str, *options: str) -> tuple[bytes, dict[str, Any], float]:
     """The mask, the manifest's properties, and the peak memory of the process (bytes)."""
     command = [
         segflow_command(),
@@ -68,6 +70,7 @@ def run(scene: Path, model: Path, out: Path, memory: str) -> tuple[bytes, dict[s
         "--memory",
         memory,
         "--no-prefect",
+        *options,
     ]
     peak = 0
     with subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True) as process:
@@ -99,6 +102,31 @@ def test_a_budget_changes_memory_and_no_pixel(tmp_path: Path, scene: Path, model
     assert np.array_equal(
         rasterio.open(tmp_path / "4GiB" / "scene" / "scene_mask.tif").read(1), in_one_pass(scene, model)
     )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+@pytest.mark.parametrize("side", [SIDE, 720], ids=["stages", "small windows in one pass"])
+def test_a_tight_budget_is_kept(tmp_path: Path, scene: Path, model: Path, side: int) -> None:
+    """Heaps of several threads had more in their holes than the network takes."""
+    part = tmp_path / "scene.tif"
+    with rasterio.open(scene) as file:
+        profile = file.profile | {"width": side - 5, "height": side}
+        with rasterio.open(part, "w", **profile) as cut:
+            cut.write(file.read(window=Window(0, 0, side - 5, side)))
+    small = ("--tile", "240") if side < SIDE else ()
+    _, made, peak = run(part, model, tmp_path / "out", "450MiB", "--engine", "onnxruntime", *small)
+    assert ("stages" in made["segflow:plan"]) == (side == SIDE)
+    assert peak < 0.9 * made["segflow:plan"]["predicted_memory_bytes"], (made["segflow:plan"], peak)
+
+
+def test_a_process_gives_back_what_it_frees_where_memory_is_tight(model: Path) -> None:
+    card = load_card(str(model)).card
+    tight, roomy = (
+        make_plan(Grid("yx", (4000, 4000)), (4000, 4000), card.sight(), card.cost(), memory)
+        for memory in (2**29, 2**31)
+    )
+    assert tight.thrifty
+    assert not roomy.thrifty
 
 
 def in_one_pass(scene: Path, model: Path) -> np.ndarray:
