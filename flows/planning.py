@@ -104,7 +104,7 @@ def _facts(prospect: Prospect, speed: Speed | None, processes: int, calibrated: 
         "predicted_product_bytes": product,
         "predicted_seconds": seconds,
         "prediction_from": None if seconds is None else "calibration" if calibrated else "the last run here",
-        "warnings": list(source.warnings),
+        "warnings": [*source.warnings, *prospect.idle],
     }
 
 

@@ -173,8 +173,9 @@ def _segment(
                         f"{source.uri} has no valid pixel: all {source.grid.size} are nodata; check its nodata value "
                         f"and its bands"
                     )
+                warnings = (*source.warnings, *prospect.idle, *(proof.warnings if proof else ()))
                 facts = {
-                    **provenance(prospect, created, tally.engine),
+                    **provenance(prospect, created, tally.engine, warnings),
                     **({f"segflow:{proof.precision}": proof.to_json()} if proof else {}),
                     **({"segflow:measured_halo": halo.to_json()} if halo else {}),
                     "segflow:classes": [share.to_json() for share in shares],
@@ -222,7 +223,7 @@ def _segment(
         source.grid.size,
         tally.engine,
         tuple(shares),
-        source.warnings + (proof.warnings if proof else ()),
+        warnings,
     )
 
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -98,6 +99,16 @@ class Prospect:
             tiling |= {"stages": {"levels": staging.levels, "chunk": list(staging.chunk)}}
         tiling |= {"work": round(self.plan.work, 4), "predicted_memory_bytes": self.plan.memory}
         return tiling
+
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """Settings that do nothing for this scene and model, as warnings."""
+        settings = self.job.settings
+        given = [name for name in ("overlap", "weights") if getattr(settings, name) is not None]
+        if self.plan.mode == "blend" or not given:
+            return ()
+        names = " and ".join(f"--{name}" for name in given)
+        return (f"{names}: of no effect, as windows are only blended in blend mode, and this plan is {self.plan.mode}",)
 
     @property
     def computed(self) -> float:
@@ -250,8 +261,8 @@ def check_unchanged(prospect: Prospect) -> None:
         )
 
 
-def provenance(prospect: Prospect, created: str, engine: str) -> dict[str, Any]:
-    """The part of a manifest that is known before the first tile: input, model, settings, plan and versions."""
+def provenance(prospect: Prospect, created: str, engine: str, warnings: Sequence[str]) -> dict[str, Any]:
+    """What a manifest says of the making of a product: input, model, settings, plan, versions and warnings."""
     card, source = prospect.model.card, prospect.source
     model = {
         "reference": prospect.job.model,
@@ -272,7 +283,7 @@ def provenance(prospect: Prospect, created: str, engine: str) -> dict[str, Any]:
         "segflow:settings": asdict(prospect.job.settings),
         "segflow:plan": prospect.tiling(),
         "segflow:versions": {"python": platform.python_version(), **_versions()},
-        "segflow:warnings": list(source.warnings),
+        "segflow:warnings": list(warnings),
     }
 
 

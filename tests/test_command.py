@@ -121,6 +121,7 @@ def test_a_truncated_volume(tmp_path: Path, head: Path, run_segflow: Run) -> Non
         (["-m", CLOUDS, "--memory", "1MiB"], "budget; use --memory"),
         (["-m", CLOUDS, "--memory", "900TiB"], "is more than the"),
         (["-m", CLOUDS, "--tile", "0"], "--tile 0"),
+        (["-m", CLOUDS, "--precision", "fp8"], "Invalid value for '--precision': 'fp8' is not one of"),
         (["-m", CLOUDS, "--mode", "exact"], "use --mode blend"),
         (["-m", CLOUDS, "--overlap", "256"], "must be 0 to 255 pixels"),
         (["-m", CLOUDS, "--tolerance", "0.01"], "--tolerance needs a local network"),
@@ -197,6 +198,17 @@ def test_plan_prints_and_touches_nothing(tmp_path: Path, landsat: Path, run_segf
     assert facts["tiles"] == 9
     assert facts["counts"] == [3, 3]
     assert {path.name for path in tmp_path.iterdir()} <= {"prefect"}
+
+
+def test_settings_that_do_nothing_are_said(tmp_path: Path, run_segflow: Run) -> None:
+    model = save_local_unet(tmp_path / "unet", "yx", ("red",))
+    scene = write(tmp_path / "scene.tif", np.random.default_rng(0).random((1, 50, 60)).astype(np.float32), ("red",))
+    options = (scene, "-m", model, "--overlap", 64)
+    planned = json.loads(run_segflow("plan", *options, "--json").stdout)
+    assert run_segflow("run", *options, "-o", tmp_path / "out").returncode == 0
+    labelled = json.loads((tmp_path / "out" / "scene" / "scene.json").read_text())["properties"]
+    for warnings in (planned["warnings"], labelled["segflow:warnings"]):
+        assert any("--overlap: of no effect" in warning for warning in warnings)
 
 
 def test_models_are_listed_and_inspected(run_segflow: Run) -> None:
