@@ -65,6 +65,8 @@ class Lines:
 
     def ended(self, record: SceneRecord) -> None:
         self.note(sentence(record))
+        for warning in record.details.get("warnings", ()):
+            self.note(f"warning: {record.name}: {warning}")
 
     def note(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
@@ -89,6 +91,8 @@ class Bar:
             self.live.remove_task(self._tasks.pop(record.name))
         style = {"done": "green", "up to date": "cyan"}.get(record.state, "red")
         self.live.console.print(sentence(record), style=style, highlight=False, markup=False, soft_wrap=True)
+        for warning in record.details.get("warnings", ()):
+            self.note(f"warning: {record.name}: {warning}")
 
     def note(self, text: str) -> None:
         self.live.console.print(text, highlight=False, markup=False, soft_wrap=True)

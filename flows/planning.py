@@ -138,5 +138,6 @@ def _mode_sentence(facts: dict[str, Any]) -> str:
     if facts["mode"] == "exact":
         stages = facts.get("stages")
         levels = f", {stages['levels']} outer levels in chunks of {times(stages['chunk'])}" if stages else ""
+        levels += ", and only what is wanted of a window rises" if facts.get("cropped") else ""
         return f"exact, halo {halo} pixels{levels}"
     return f"measured: a halo of at most {halo} pixels, to be shortened on the scene itself"

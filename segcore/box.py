@@ -93,6 +93,13 @@ class Box:
             tuple(b // f for b, f in zip(self.stop, factor, strict=True)),
         )
 
+    def fine(self, factor: Sequence[int]) -> Self:
+        """The same part on a grid that is finer by `factor`."""
+        return type(self)(
+            tuple(a * f for a, f in zip(self.start, factor, strict=True)),
+            tuple(b * f for b, f in zip(self.stop, factor, strict=True)),
+        )
+
     def slices(self, origin: Sequence[int] | None = None) -> tuple[slice, ...]:
         """Index of this box in an array whose first pixel lies at `origin` (default: the grid's own origin)."""
         at = (0,) * self.ndim if origin is None else origin

@@ -18,7 +18,7 @@ from typing import Any
 
 import dask
 import yaml
-from distributed import LocalCluster
+from distributed import LocalCluster, Status
 from distributed.comm import parse_address, parse_host_port
 from distributed.comm.registry import get_backend
 from tornado.ioloop import PeriodicCallback
@@ -45,6 +45,8 @@ _HERE = ("local", "cuda")
 #: batch again whose worker died (suspects are tried alone instead).
 _SETTINGS = {"distributed.worker.profile.enabled": False, "distributed.scheduler.allowed-failures": 0}
 
+#: A worker process that dies while it is started is started so often before a run ends.
+_STARTS = 3
 #: Seconds between two looks at whether all workers of this machine are there.
 _KEEP_SECONDS = 5
 
@@ -105,6 +107,8 @@ class ClusterFile:
         if self.kind in _HERE:
             options = {**_loopback(), "host": "127.0.0.1", "n_workers": max(1, self.workers), **options}
             options.setdefault("threads_per_worker", TILES_IN_FLIGHT)
+            if self.kind == "local" and options.get("processes", True):
+                options.setdefault("config", _SETTINGS)  # for workers that are started later
         try:
             with dask.config.set(_SETTINGS):
                 cluster = kind(**options)
@@ -114,8 +118,8 @@ class ClusterFile:
                     cluster.scale(self.workers)
         except Exception as error:  # whatever the class of another package raises for options that it does not like
             raise PlanError(f"{self.path}: no cluster of kind {self.kind}: {_reasons(error)}") from error
-        if self.kind in _HERE and self.maximum is None:
-            _keep(cluster, max(1, self.workers))
+        if self.kind in _HERE:
+            _keep(cluster)
         return cluster
 
 
@@ -143,28 +147,50 @@ def is_cluster_file(where: str) -> bool:
 
 def local_cluster(processes: int) -> LocalCluster:
     """A worker that is threads of this process (0), or so many workers that are processes of their own."""
-    with dask.config.set(_SETTINGS):
-        cluster = LocalCluster(
-            n_workers=max(1, processes),
-            threads_per_worker=TILES_IN_FLIGHT,
-            processes=processes > 0,
-            host="127.0.0.1" if processes else None,
-            **_loopback(),
-        )
+    for attempt in range(1, _STARTS + 1):
+        try:
+            cluster = _started(processes)
+            break
+        except (RuntimeError, OSError) as error:
+            if attempt == _STARTS:
+                raise PlanError(
+                    f"no worker process starts on this machine, tried {attempt} times ({_reasons(error)}); see whether "
+                    f"its memory or its number of processes is short, or label with fewer --workers"
+                ) from error
     if processes:
-        _keep(cluster, processes)
+        _keep(cluster)
     return cluster
 
 
-def _keep(cluster: LocalCluster, workers: int) -> None:
-    """Have so many workers again whatever happens to them.
+def _started(processes: int) -> LocalCluster:
+    with dask.config.set(_SETTINGS):
+        return LocalCluster(
+            n_workers=max(1, processes),
+            threads_per_worker=TILES_IN_FLIGHT,
+            processes=processes > 0,
+            **({"config": _SETTINGS} if processes else {}),  # for workers that are started later
+            host="127.0.0.1" if processes else None,
+            **_loopback(),
+        )
 
-    A nanny starts its worker again, but not one that died while it was started; and one that takes longer than 15 s
-    (a busy machine) is given up by the cluster, for good.
+
+def _keep(cluster: LocalCluster) -> None:
+    """Have all of its workers again whatever happens to them.
+
+    A nanny starts its worker again, but ends when that dies while it is started: others take its place. And where the
+    start takes long (a busy machine) dask would give it up, and end it as soon as it is there.
     """
-    again = PeriodicCallback(lambda: cluster.scale(workers), _KEEP_SECONDS * 1000)
-    cluster.periodic_callbacks["keep"] = again  # which the cluster stops when it closes
-    cluster.loop.add_callback(again.start)
+    dask.config.set({"distributed.deploy.lost-worker-timeout": "1 day"})
+
+    def again() -> None:
+        for name, nanny in list(cluster.workers.items()):
+            if nanny.status in (Status.failed, Status.closed):
+                del cluster.workers[name]
+        cluster.scale(len(cluster.worker_spec))
+
+    callback = PeriodicCallback(again, _KEEP_SECONDS * 1000)
+    cluster.periodic_callbacks["keep"] = callback  # which the cluster stops when it closes
+    cluster.loop.add_callback(callback.start)
 
 
 def _loopback() -> dict[str, Any]:

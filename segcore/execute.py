@@ -41,8 +41,8 @@ ATTEMPTS = 3
 DEATHS = 2
 #: Seconds in which a scheduler must answer.
 _ANSWER = 15.0
-#: Seconds in which a worker that died should be back: dask gives it up after 15, and then it is started anew.
-_REVIVAL = 120.0
+#: Seconds in which a worker that died should be back, on a machine however busy; and that one is given to start again.
+_REVIVAL, _RESTART = 120.0, 60.0
 #: Seconds after a death in which nothing is submitted: a worker that dies while it is started is late to be back.
 _SETTLE = 2.0
 #: Seconds that a tile under way is given to end: when its scene failed, and when the run is to stop.
@@ -179,15 +179,15 @@ class Workers:
         except Exception:  # whatever a client raises whose scheduler is gone
             return True
 
-    def settle(self) -> None:
-        """After a death: wait until a worker is back. Raises ModelError where none comes."""
+    def settle(self, keep_on: Callable[[], None] | None = None) -> None:
+        """After a death: wait until a worker is back. Raises ModelError where none comes, and what `keep_on` raises."""
         time.sleep(_SETTLE)
         until = time.monotonic() + _REVIVAL
         while not self.client.nthreads():
-            self.keep_on()
+            (keep_on or self.keep_on)()
             if time.monotonic() > until:
                 raise _nobody_left()
-            time.sleep(_SETTLE)
+            time.sleep(_LOOK)
 
     def end(self, addresses: list[str]) -> None:
         """End the processes of workers that do not end a tile; their nannies start others."""
@@ -198,7 +198,7 @@ class Workers:
                 for pid in self.client.run(os.getpid, workers=addresses).values():
                     os.kill(pid, signal.SIGKILL)
             else:
-                self.client.restart_workers(addresses, timeout=_REVIVAL, raise_for_error=False)
+                self.client.restart_workers(addresses, timeout=_RESTART, raise_for_error=False)
         self.settle()
 
     def close(self) -> None:
@@ -259,7 +259,8 @@ class _Pass:
         self._suspects: deque[Index] = deque()
         self._attempts: Counter[Index] = Counter()
         self._lonely: list[Future] = []
-        self._next_look, self._empty_looks = 0.0, 0
+        self._next_look = 0.0
+        self._alone_since: float | None = None
         self._size = 1
 
     def label(self, todo: Iterable[Index]) -> Iterator[TileReport]:
@@ -316,7 +317,7 @@ class _Pass:
             reports: list[TileReport] = future.result()
         except KilledWorker:
             self._suspects.extend(batch)
-            self._workers.settle()
+            self._workers.settle(self._keep_on)
         except (Exception, CancelledError) as error:
             self._failed(batch, error)
             self._again.extend(batch)
@@ -336,7 +337,7 @@ class _Pass:
                 except KilledWorker as error:
                     deaths += 1
                     late = self._tile_seconds is not None and time.monotonic() - began >= self._tile_seconds
-                    self._workers.settle()
+                    self._workers.settle(self._keep_on)
                     if deaths == DEATHS:
                         how = f"was not labelled in {self._tile_seconds:g} s" if late else "killed its worker"
                         raise PoisonError(
@@ -356,7 +357,7 @@ class _Pass:
                 found: T = self._wait_for(future)
             except KilledWorker as error:
                 self._failed([()], error)
-                self._workers.settle()
+                self._workers.settle(self._keep_on)
             except (Exception, CancelledError) as error:
                 self._failed([()], error)
             else:
@@ -375,11 +376,15 @@ class _Pass:
 
     def _look_for_workers(self) -> None:
         """Raises ModelError when there has been no worker for long: what was submitted would wait for ever."""
-        if time.monotonic() < self._next_look:
+        now = time.monotonic()
+        if now < self._next_look:
             return
-        self._next_look = time.monotonic() + _REVIVAL / 4
-        self._empty_looks = 0 if self._workers.client.nthreads() else self._empty_looks + 1
-        if self._empty_looks > 4:
+        self._next_look = now + _REVIVAL / 10
+        if self._workers.client.nthreads():
+            self._alone_since = None
+        elif self._alone_since is None:
+            self._alone_since = now
+        elif now - self._alone_since > _REVIVAL:
             raise _nobody_left()
 
     def _failed(self, batch: list[Index], error: BaseException) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import re
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from segcore.spec import format_bytes
 
 _CGROUP = Path("/sys/fs/cgroup")
 #: mallopt(3): its parameters, and bytes of an array from which on it is mapped by itself, so that it leaves no hole.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MAPPED = -1, -3, 4 * 2**20
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MAPPED, _TRIMMED = -1, -3, 4 * 2**20, 128 * 2**10
 
 
 def check_memory(budget: int | None) -> None:
@@ -50,9 +51,12 @@ def release_memory() -> None:
 def keep_heap_small() -> None:
     """From now on, this process gives memory back when it is freed, and not when there is much of it.
 
-    By itself glibc keeps arrays of up to 32 MiB, and as much again, for the next of their size.
+    By itself glibc raises both limits as it sees arrays, to 32 and 64 MiB, and keeps as much for the next of their
+    size. What a person has said by the environment is left as it is.
     """
+    if not {"MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"}.isdisjoint(os.environ):
+        return
     with contextlib.suppress(AttributeError, OSError):  # a C library other than glibc
         library = ctypes.CDLL(None)
         library.mallopt(_MMAP_THRESHOLD, _MAPPED)
-        library.mallopt(_TRIM_THRESHOLD, 128 * 2**10)
+        library.mallopt(_TRIM_THRESHOLD, _TRIMMED)

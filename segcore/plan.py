@@ -17,7 +17,7 @@ wants another spacing; `Plan.rescale` leads from the scene's grid to the network
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import product
 from math import log2, prod
@@ -36,14 +36,15 @@ Tiling = Literal["exact", "measured", "blend"]
 #: Bytes of a worker process with its libraries before it holds any tile, GDAL's block cache among them, and what is
 #: added by what the network is run in (measured).
 PROCESS_BYTES, RUNNER_BYTES = 280 * 2**20, {"onnxruntime": 0, "openvino": 170 * 2**20, "torch": 140 * 2**20}
-#: Bytes that heaps of several threads keep in holes, where tiles are under way side by side; in OpenVINO, which keeps
-#: its arrays by itself, and in torch they are counted with the runner (measured).
-_HOLES = {"onnxruntime": 32 * 2**20, "openvino": 0, "torch": 0}
+#: Bytes that heaps of several threads keep in holes, where tiles are under way side by side: of a process that gives
+#: back what it frees, where OpenVINO, which keeps its arrays by itself, and torch have them counted above, and of one
+#: that does not (measured).
+_HOLES, _MORE_HOLES = {"onnxruntime": 32 * 2**20, "openvino": 0, "torch": 0}, 64 * 2**20
 #: Bytes of what runs the parts of a level, unless OpenVINO does, which is counted with it (measured).
 PART_BYTES = 32 * 2**20
-#: Budgets below which a process is to give freed memory back at once, at up to a tenth of its time: the holes of its
-#: heaps grow to 100 MiB and more otherwise (measured).
-_TIGHT = 2**30
+#: Budgets below which a process is to give freed memory back at once, which takes up to a tenth of the time of small
+#: windows: its heaps grow by 100 MiB and more otherwise, and the plan may need all of the budget (measured).
+_TIGHT = 2**32
 #: Pixels of a core beyond which a larger one saves little and a lost one costs much.
 LARGEST_CORE = 2**22
 #: Pixels of a core below which smaller ones are taken only where memory wants it.
@@ -114,7 +115,7 @@ class Plan:
     shortened: Sides | None = None
     staging: Staging | None = None
     staged_work: float = 1.0
-    thrifty: bool = False
+    thrifty: bool = field(default=False, compare=False)
 
     @property
     def rescale(self) -> Rescale:
@@ -227,7 +228,7 @@ class Plan:
 
     def pace(self, runner: Runner) -> float:
         """Time of a multiply-add with it, relative to one of a pass over a whole window in the same runner."""
-        return _STAGED_PACE[runner] if self.staging else 1.0
+        return _STAGED_PACE[runner] if self.staging and self.staging.levels else 1.0
 
     def effort(self, runner: Runner) -> float:
         """Time that a scene takes with it, relative to other plans and in other runners."""
@@ -439,7 +440,7 @@ def _middle(plan: Plan) -> Box:
 
 def _stagings(plan: Plan, stages: Stages) -> Iterator[Staging]:
     """Ways to run a plan's windows in stages."""
-    return (staging for staging in stages.choices(plan._halo_window(_middle(plan)).shape) if staging.levels)
+    return stages.choices(plan._halo_window(_middle(plan)).shape)
 
 
 def _with_memory(plan: Plan, cost: Cost, stages: Stages | None, staging: Staging | None = None) -> Plan:
@@ -469,11 +470,13 @@ def _with_memory(plan: Plan, cost: Cost, stages: Stages | None, staging: Staging
     engine, relative = int(cost.engine_bytes_per_pixel * window.size), 1.0
     if stages is not None and staging is not None:
         wanted = target.shift([-start for start in window.start])
-        engine = stages.memory(window.shape, wanted, staging, cost.runner)
+        if staging.levels:
+            engine = stages.memory(window.shape, wanted, staging, cost.runner)
         relative = stages.work(window.shape, wanted, staging) / (stages.inner[0].work * window.size)
     # Weights as the file has them, as the engine does, and as it has packed them.
     process = PROCESS_BYTES + RUNNER_BYTES[cost.runner] + 3 * cost.weights
-    process += _HOLES[cost.runner] if in_flight > 1 else 0
+    if in_flight > 1:
+        process += _HOLES[cost.runner] + (0 if plan.thrifty else _MORE_HOLES)
     process += PART_BYTES * staging.levels if staging is not None and cost.runner != "openvino" else 0
     labelling = in_flight * (array + scores + 500 * count) + reading + engine
     proving = int(cost.proof_bytes_per_pixel * (window.size if plan.mode == "blend" else min(window.size, _PROVED)))

@@ -22,7 +22,7 @@ from segcore.io.source import Floats
 from segcore.model import load_segmenter
 from segcore.model.card import Model
 from segcore.model.quantise import Quantised, quantise
-from segcore.model.segmenter import Segmenter
+from segcore.model.segmenter import Segmenter, Turn
 from segcore.plan import Plan, Tile
 from segcore.spec import Precision, usable_cores
 from segcore.tile import Labeller
@@ -71,34 +71,25 @@ class Proof:
             found.append(
                 f"{name} was slower here than fp32 ({self.speed:.2f} times its speed); leave --precision {name} out"
             )
-        if self._all_alike:
+        if not self.says_much:
             found.append(
                 f"fp32 gives all {self.pixels} pixels at {self.places} places of the scene one label, so that their "
-                f"agreement says little about {name} on others"
+                f"agreement in {name} says nothing of other labels"
             )
         return tuple(found)
 
     @property
-    def _all_alike(self) -> bool:
-        return sum(count > 0 for count in self.of_class) < 2
+    def says_much(self) -> bool:
+        """Whether labels were compared that are not all alike."""
+        return sum(count > 0 for count in self.of_class) > 1
 
-    def check(self, limit: float, model: str, calibrated_here: bool = False) -> None:
-        """Raises ModelError where the agreement is below the limit.
-
-        Also where it says nothing, since all labels are alike, of a network that was `calibrated_here`: on such a scene
-        no network in int8 is made that others would be labelled with.
-        """
+    def check(self, limit: float, model: str, made: str = "") -> None:
+        """Raises ModelError where the agreement is below the limit. `made`: where the network is from, in words."""
         name = self.precision
-        if calibrated_here and self._all_alike:
-            raise ModelError(
-                f"model {model} in fp32 gives all {self.pixels} pixels at {self.places} places of the scene one label, "
-                f"so that nothing is proved of {name}; label a scene with several classes first, or leave --precision "
-                f"{name} out"
-            )
         if self.agreement < limit:
             raise ModelError(
                 f"model {model} in {name} gives {self.agreement:.4%} of the labels that it gives in fp32 "
-                f"({self.pixels} pixels at {self.places} places of the scene), and {limit:.4%} is wanted; leave "
+                f"({self.pixels} pixels at {self.places} places of the scene), and {limit:.4%} is wanted{made}; leave "
                 f"--precision {name} out, or accept less with --agreement {self.agreement - 5e-5:.4f}"
             )
 
@@ -183,7 +174,7 @@ class _Onlooker:
     batch = 1
 
     def __init__(self, classes: int) -> None:
-        self.device = threading.Lock()
+        self.device: Turn = threading.Lock()
         self.classes = classes
         self.shown: list[Floats] = []
 

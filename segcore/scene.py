@@ -316,8 +316,9 @@ def _quantised(recipe: Recipe, workers: Workers, prospect: Prospect) -> tuple[Re
     """The same in int8. The network lies beside the tiles: a restart takes the very same, and so does every worker."""
     assert prospect.calibration is not None
     model, path = prospect.model, recipe.scratch.root / "int8.zip"
-    kept = find_quantised(model)
+    kept, made = find_quantised(model), ""
     if kept is not None and kept.calibration == prospect.calibration:
+        made = f" (it was calibrated on the first scene that it was made for: remove {kept.path} to make it anew)"
         try:
             put(kept.path, path)
         except OSError as error:
@@ -327,10 +328,11 @@ def _quantised(recipe: Recipe, workers: Workers, prospect: Prospect) -> tuple[Re
         kept = None
     work = partial(prove_int8, model=model, path=path, kept=kept, calibration=prospect.calibration)
     proof = _kept(recipe.scratch.root / "int8.json", Proof, lambda: run_once(recipe, workers, work))
-    proof.check(prospect.job.settings.agreement, model.card.name, calibrated_here=kept is None)
+    proof.check(prospect.job.settings.agreement, model.card.name, made)
     assert proof.sha256 is not None
     network = Quantised(path, proof.sha256, prospect.calibration)
-    keep_quantised(model, network)
+    if proof.says_much:  # else other scenes would be labelled with it, too
+        keep_quantised(model, network)
     return replace(recipe, quantised=network), proof
 
 

@@ -8,11 +8,14 @@ Only deep levels see far. So a chunk of a level needs a halo of a few pixels, wh
 hundred; and what an outer level holds, nearly all of the memory, is held for a chunk at a time. Nothing is
 approximated: chunks lie on multiples of the downsampling of their level, show their halo, and end at the border of the
 window, where the network pads as it would in one pass.
+
+In one pass, too, only deep levels need the whole window. On the way up, where most of the work is, no more rises than
+what the wanted part of the window is made of (`rising`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -51,7 +54,8 @@ class Level:
 
     `factor`: by how much it downsamples, per axis. `down_halo`, `up_halo`: what a chunk must show before and after what
     is kept of it; multiples of `factor`. `pooled`, `risen`: channels of what goes down and what comes up, on a grid
-    that is coarser by `factor`.
+    that is coarser by `factor`. `rise`: multiply-adds per pixel of what is made of what has risen, which need not be
+    done where it is not wanted; 0 where that cannot be told apart.
     """
 
     factor: tuple[int, ...]
@@ -61,6 +65,7 @@ class Level:
     up: Part
     pooled: int
     risen: int
+    rise: float = 0.0
 
     def __post_init__(self) -> None:
         if all(f == 1 for f in self.factor) or any(f < 1 for f in self.factor):
@@ -78,7 +83,7 @@ class Level:
 
 @dataclass(frozen=True, slots=True)
 class Staging:
-    """How a window is run: so many outer levels in chunks, none for one plain pass.
+    """How a window is run: so many outer levels in chunks, or (`ONE_PASS`) none, and only what is wanted rises.
 
     `chunk`: largest side of what is run at once, halo included, per axis in pixels of the level that it lies in. A
     level that fits in one chunk is run in one piece, with all that is inside of it.
@@ -90,6 +95,10 @@ class Staging:
     def __post_init__(self) -> None:
         if self.levels < 0 or any(c < 1 for c in self.chunk):
             raise PlanError(f"{self.levels} levels in chunks of {times(self.chunk)} pixels cannot be")
+
+
+#: One pass, in which only what is wanted rises.
+ONE_PASS = Staging(0, ())
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,13 +204,20 @@ class Stages:
     def work(self, window: tuple[int, ...], wanted: Box, staging: Staging) -> float:
         """Multiply-adds of one window of which a box is wanted."""
         depth = self.depth(window, staging)
+        if staging.levels == 0:
+            rises = rising(window, wanted, self.levels)
+            left_out = (
+                level.rise * (prod(shape) - prod(level.factor) * box.size)
+                for level, (shape, box) in zip(self.levels, rises, strict=True)
+            )
+            return self.inner[0].work * prod(window) - sum(left_out)
         if depth == 0:
             return self.inner[0].work * prod(window)
         return sum(work for _, work in self._steps(window, wanted, staging, depth, "onnxruntime"))
 
     def choices(self, window: tuple[int, ...]) -> Iterator[Staging]:
-        """Stagings worth a look for a window of this shape, the plain pass first; see `memory` and `work`."""
-        yield Staging(0, window)
+        """Stagings worth a look for a window of this shape, the one pass first; see `memory` and `work`."""
+        yield ONE_PASS
         for levels in range(1, len(self.levels) + 1):
             for side in CHUNKS[len(window)]:
                 staging = Staging(levels, tuple(min(side, n) for n in window))
@@ -251,3 +267,15 @@ def inside(wanted: Box, shape: tuple[int, ...], level: Level) -> Box:
     """Where `up` needs what has risen so as to give a wanted box of an image of this shape; on the coarser grid."""
     shown = wanted.snap(level.factor).grow(level.up_halo) & Box.of(shape)
     return shown.coarse(level.factor)
+
+
+def rising(window: tuple[int, ...], wanted: Box, levels: Sequence[Level]) -> Iterator[tuple[tuple[int, ...], Box]]:
+    """Of every level the shape of its grid, and what must rise to it where a box of a window is wanted.
+
+    These boxes lie on the coarser grid of their level, on which the next one lies.
+    """
+    shape = window
+    for level in levels:
+        box = inside(wanted, shape, level)
+        yield shape, box
+        shape, wanted = coarse(shape, level.factor), box

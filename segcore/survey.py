@@ -96,7 +96,8 @@ class Prospect:
         else:
             tiling |= {"halo": [list(sides) for sides in self.plan.halo]}
         if (staging := self.plan.staging) is not None:
-            tiling |= {"stages": {"levels": staging.levels, "chunk": list(staging.chunk)}}
+            stages = {"levels": staging.levels, "chunk": list(staging.chunk)}
+            tiling |= {"stages": stages} if staging.levels else {"cropped": True}
         tiling |= {"work": round(self.plan.work, 4), "predicted_memory_bytes": self.plan.memory}
         return tiling
 

@@ -89,6 +89,38 @@ class _Once(Generic[T]):
             return self._made[0]
 
 
+class _Device:
+    """What the networks of a process are run on, one at a time."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._holder: Segmenter | None = None
+
+    def take(self, segmenter: Segmenter | None) -> None:
+        """Wait for it. The network that had it before gives back the memory that it keeps; None: for none."""
+        self._lock.acquire()
+        if self._holder is not None and self._holder is not segmenter:
+            self._holder.release()
+            release_memory()
+        self._holder = segmenter
+
+    def leave(self) -> None:
+        self._lock.release()
+
+
+class _Turn(contextlib.AbstractContextManager[None]):
+    """A network's turn on the device, or that of one that is loaded."""
+
+    def __init__(self, device: _Device, segmenter: Segmenter | None = None) -> None:
+        self._device, self._segmenter = device, segmenter
+
+    def __enter__(self) -> None:
+        self._device.take(self._segmenter)
+
+    def __exit__(self, *_: object) -> None:
+        self._device.leave()
+
+
 class Bench(WorkerPlugin):  # type: ignore[misc]
     """What a worker process keeps between tiles: open scenes and loaded networks, a few of each.
 
@@ -115,6 +147,8 @@ class Bench(WorkerPlugin):  # type: ignore[misc]
         self._active: Counter[str] = Counter()
         self._deadlines: dict[int, float] = {}
         self._labelled = 0
+        # Scenes of different size have plans, and networks, of their own: memory is planned for one of them.
+        self._device = _Device()
         self._nowhere = Path(os.devnull).open("w")  # noqa: SIM115 (as long as the process)
         # The plan counts on so many tiles at once, however many threads the worker has.
         self.places = threading.Semaphore(TILES_IN_FLIGHT)
@@ -129,12 +163,18 @@ class Bench(WorkerPlugin):  # type: ignore[misc]
         return shelved.value()
 
     def segmenter(self, recipe: Recipe) -> Segmenter:
-        """The network of a recipe, loaded on first use."""
+        """The network of a recipe, loaded on first use. All take turns on the one device of this process."""
         how = recipe.quantised.sha256 if recipe.quantised else (recipe.plan.staging, recipe.engine, recipe.precision)
         key = f"{recipe.model.digest} {how}"
+
+        def load() -> Segmenter:
+            with _Turn(self._device):  # loading takes memory, too
+                segmenter = _load(recipe, self._threads)
+            segmenter.device = _Turn(self._device, segmenter)
+            return segmenter
+
         with self._lock:
-            once = _Once(lambda: _load(recipe, self._threads))
-            shelved = _recent(self._segmenters, key, lambda: once, keep=2)
+            shelved = _recent(self._segmenters, key, lambda: _Once(load), keep=2)
         return shelved.value()
 
     def labeller(self, recipe: Recipe) -> Labeller:

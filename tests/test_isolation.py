@@ -15,16 +15,19 @@ import dask
 import numpy as np
 import pytest
 from conftest import save_local_unet
+from dask.utils import parse_timedelta
+from distributed import Nanny
 
 from segcore.box import Box
-from segcore.errors import MemoryShortageError, PoisonError, SceneError, StoppedError
+from segcore.errors import MemoryShortageError, PlanError, PoisonError, SceneError, StoppedError
 from segcore.execute import Workers, label_tiles
 from segcore.io.memory import ArrayScene
 from segcore.io.scratch import Scratch
 from segcore.model.card import load_card
+from segcore.model.segmenter import BoxFilter, Floats
 from segcore.plan import make_plan
 from segcore.scaling import fit_scaling
-from segcore.worker import Recipe
+from segcore.worker import Recipe, _Device, _Turn
 
 RNG = np.random.default_rng(5)
 
@@ -99,10 +102,67 @@ def test_a_scene_that_hangs_is_ended(tmp_path: Path, processes: Workers) -> None
 
 def test_a_worker_that_dask_gave_up_on_is_started_anew(tmp_path: Path) -> None:
     made = recipe(tmp_path)
-    with dask.config.set({"distributed.deploy.lost-worker-timeout": "100ms"}), Workers(processes=1) as workers:
-        (pid,) = workers.client.run(os.getpid).values()
-        os.kill(pid, signal.SIGKILL)
+    with Workers(processes=1) as workers:
+        cluster = workers.client.cluster
+        (nanny,) = cluster.workers.values()
+        cluster.sync(nanny.close)
         assert len(list(label_tiles(made, made.plan.indices(), workers))) == len(made.plan)
+        (other,) = cluster.workers.values()
+        assert other is not nanny
+        assert workers.client.run(profiles) == dict.fromkeys(workers.client.nthreads(), False)
+
+
+def test_workers_that_die_while_they_start_are_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[int] = []
+    start = Nanny.start_unsafe
+
+    async def unlucky(self: Nanny) -> Nanny:
+        begun.append(1)
+        if len(begun) <= wrong:
+            raise OSError("killed")
+        return await start(self)
+
+    monkeypatch.setattr(Nanny, "start_unsafe", unlucky)
+    wrong = 2
+    with Workers(processes=1) as workers:
+        assert workers.threads
+    begun.clear()
+    wrong = 100
+    with pytest.raises(PlanError, match=r"no worker process starts on this machine, tried 3 times .*killed"):
+        Workers(processes=1)
+
+
+def test_networks_take_turns_on_the_device(tmp_path: Path) -> None:
+    """Scenes of different size have plans, and so networks, of their own; only one of them holds memory."""
+
+    class Keeper(BoxFilter):
+        kept = 0
+
+        def __call__(self, batch: Floats, wanted: Box | None = None) -> Floats:
+            Keeper.kept += not self.__dict__.get("holds", False)
+            self.__dict__["holds"] = True
+            assert Keeper.kept == 1
+            return super().__call__(batch, wanted)
+
+        def release(self) -> None:
+            Keeper.kept -= self.__dict__.pop("holds", False)
+
+    device = _Device()
+    one, two = Keeper(1), Keeper(2)
+    for segmenter in (one, two, two, one):
+        with _Turn(device, segmenter):
+            segmenter(np.zeros((1, 1, 8, 8), np.float32))
+    with _Turn(device):
+        assert Keeper.kept == 0
+
+
+def test_a_worker_that_takes_long_to_be_back_is_waited_for() -> None:
+    with Workers(processes=1):
+        assert parse_timedelta(dask.config.get("distributed.deploy.lost-worker-timeout")) > 3600
+
+
+def profiles() -> bool:
+    return bool(dask.config.get("distributed.worker.profile.enabled"))
 
 
 def test_out_of_memory_is_told_from_other_faults(tmp_path: Path, workers: Workers) -> None:

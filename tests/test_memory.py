@@ -116,17 +116,33 @@ def test_a_tight_budget_is_kept(tmp_path: Path, scene: Path, model: Path, side: 
     small = ("--tile", "240") if side < SIDE else ()
     _, made, peak = run(part, model, tmp_path / "out", "450MiB", "--engine", "onnxruntime", *small)
     assert ("stages" in made["segflow:plan"]) == (side == SIDE)
-    assert peak < 0.9 * made["segflow:plan"]["predicted_memory_bytes"], (made["segflow:plan"], peak)
+    # Less than was foretold, and than the 0.92 to 1.02 of it that holes made of it.
+    assert 0.5 < peak / made["segflow:plan"]["predicted_memory_bytes"] < 0.9, (made["segflow:plan"], peak)
 
 
 def test_a_process_gives_back_what_it_frees_where_memory_is_tight(model: Path) -> None:
     card = load_card(str(model)).card
     tight, roomy = (
         make_plan(Grid("yx", (4000, 4000)), (4000, 4000), card.sight(), card.cost(), memory)
-        for memory in (2**29, 2**31)
+        for memory in (2**30, 2**33)
     )
     assert tight.thrifty
     assert not roomy.thrifty
+    # Every second of 40 arrays of 8 MiB: holes of a heap that has seen larger ones.
+    code = """if True:
+        import numpy, psutil
+        {}
+        numpy.ones(2**21)
+        arrays = [numpy.ones(2**20) for _ in range(40)]
+        held = psutil.Process().memory_info().rss
+        del arrays[1:-1:2]
+        print(held - psutil.Process().memory_info().rss)
+    """
+    usual, small = (
+        int(subprocess.run([sys.executable, "-c", code.format(first)], capture_output=True, check=True).stdout)
+        for first in ("", "from segcore.machine import keep_heap_small; keep_heap_small()")
+    )
+    assert usual < 40 * 2**20 < 120 * 2**20 < small
 
 
 def in_one_pass(scene: Path, model: Path) -> np.ndarray:

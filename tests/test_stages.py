@@ -6,6 +6,7 @@ and the last bits differ.
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import replace
 from itertools import pairwise
@@ -29,10 +30,10 @@ from segcore.model.card import load_card
 from segcore.model.onnx import OnnxPart, OnnxSegmenter
 from segcore.model.openvino import OpenVinoPart, OpenVinoSegmenter
 from segcore.model.probe import noise
-from segcore.model.staged import StagedSegmenter
+from segcore.model.staged import CroppedSegmenter, StagedSegmenter
 from segcore.model.stages import find_stages
 from segcore.model.unet import UNet
-from segcore.staging import Level, Part, Stages, Staging, chunks, spans
+from segcore.staging import ONE_PASS, Level, Part, Stages, Staging, chunks, spans
 
 
 class Residual(nn.Module):
@@ -117,6 +118,42 @@ def test_stages_say_what_one_pass_says(name: str, engine: str, tmp_path: Path) -
         ):
             at = (slice(None), slice(None), *wanted.slices())
             assert same(staged(image, wanted)[at], expected[at], bits=name == "blocks"), wanted
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_part_of_a_window_says_what_the_whole_says(name: str, engine: str, tmp_path: Path) -> None:
+    make, dims, most = NETWORKS[name]
+    path = export(as_if_trained(make()), tmp_path / "net.onnx", 2, dims)
+    load, load_part = ENGINES[engine]
+    whole = load(path, 2)
+    cropped = CroppedSegmenter(path, whole, load_part, 2, 2)
+    window = (160, 224) if dims == 2 else (48, 80, 64)
+    image = noise((1, 2, *window))
+    expected = whole(image)
+    for wanted in (
+        None,
+        Box(tuple(n // 3 + 1 for n in window), tuple(n // 2 + 4 for n in window)),
+        Box((0,) * dims, (1,) * dims),
+        Box(tuple(n - 5 for n in window), window),
+    ):
+        at = (slice(None), slice(None), *(wanted or Box.of(window)).slices())
+        assert same(cropped(image, wanted)[at], expected[at], bits=name == "blocks"), wanted
+    stages = cropped.stages
+    assert len(stages.levels) == most
+    everything, nothing = Box.of(window), Box((0,) * dims, (1,) * dims)
+    assert stages.work(window, everything, ONE_PASS) == stages.inner[0].work * math.prod(window)
+    assert stages.work(window, nothing, ONE_PASS) < 0.99 * stages.work(window, everything, ONE_PASS)
+
+
+def test_a_part_that_shows_too_little_is_found_out(tmp_path: Path) -> None:
+    path = export(as_if_trained(plain(2, widths=[7, 9])), tmp_path / "net.onnx", 2)
+    whole = OnnxSegmenter(path, 2)
+    cropped = CroppedSegmenter(path, whole, OnnxPart, 2, 2)
+    (level,) = cropped.stages.levels
+    cropped.stages = replace(cropped.stages, levels=(replace(level, up_halo=((0, 0), (0, 0))),))
+    with pytest.raises(ModelError, match="other scores where only a part of a window rises"):
+        cropped._prove(path, whole)
 
 
 @pytest.mark.parametrize(("axes", "poolings", "convolutions"), [("yx", 1, 1), ("yx", 3, 2), ("zyx", 2, 1)])
@@ -213,7 +250,7 @@ def test_choices_can_be_told_apart() -> None:
     window = (2048, 2048)
     wanted = Box.of(window).grow(((-96, -96),) * 2)
     found = list(STAGES.choices(window))
-    assert found[0] == Staging(0, window)
+    assert found[0] == ONE_PASS
     assert {staging.levels for staging in found} == {0, 1, 2}
     memory = [STAGES.memory(window, wanted, staging) for staging in found]
     assert min(memory) < memory[0] / 3

@@ -18,7 +18,7 @@ from segcore.model.probe import Network, largest_error, noise, rounding_of
 from segcore.model.quantise import Quantised
 from segcore.model.segmenter import Part, Segmenter
 from segcore.spec import SAME_SCORES, STREAMS, Engine, Precision, Runner, usable_cores
-from segcore.staging import Stages, Staging
+from segcore.staging import ONE_PASS, Stages, Staging
 
 #: Up to what the scores of two engines differ by rounding alone, relative to the largest of them, of networks that are
 #: not local: squeeze-excite makes 2e-4 of it, and bfloat16 would be some 4e-3 off.
@@ -118,11 +118,13 @@ def _in_stages(
     threads: int,
     staging: Staging | None,
 ) -> Segmenter:
-    """The segmenter, its large windows in stages where that is asked for."""
-    if staging is None or staging.levels == 0:
+    """The segmenter, its large windows in stages, or in part, where that is asked for."""
+    if staging is None:
         return segmenter
-    from segcore.model.staged import StagedSegmenter
+    from segcore.model.staged import CroppedSegmenter, StagedSegmenter
 
+    if staging == ONE_PASS:
+        return CroppedSegmenter(path, segmenter, load, threads, len(card.channels))
     return StagedSegmenter(path, segmenter, load, threads, len(card.channels), staging)
 
 

@@ -12,7 +12,7 @@ import onnxruntime
 from segcore.box import Box
 from segcore.errors import ModelError, one_line
 from segcore.model.probe import Network
-from segcore.model.segmenter import Floats, Part, Segmenter, failure
+from segcore.model.segmenter import Floats, Integers, Part, Segmenter, Turn, failure
 from segcore.spec import times
 
 
@@ -53,7 +53,7 @@ class OnnxSegmenter:
                 f"onnx.utils.extract_model"
             )
         self._input, self._output = inputs[0].name, outputs[0]
-        self.device = threading.Lock()
+        self.device: Turn = threading.Lock()
         on = "CUDA" if self._session.get_providers()[0].startswith("CUDA") else f"CPU, {threads} threads"
         self.engine = f"onnxruntime {onnxruntime.__version__} ({on})"
         self.batch = 1 if on.startswith("CPU") else 16
@@ -87,7 +87,7 @@ class OnnxPart:
         except Exception as error:  # onnxruntime's exceptions share no base but Exception
             raise ModelError(f"a part of the network does not load in ONNX Runtime: {one_line(error)}") from error
 
-    def __call__(self, given: Sequence[Floats], last: bool = False) -> Floats:
+    def __call__(self, given: Sequence[Floats | Integers], last: bool = False) -> Floats:
         options = onnxruntime.RunOptions()
         if last and self._keeps:
             options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
@@ -98,6 +98,9 @@ class OnnxPart:
         except Exception as error:
             shapes = " and ".join(times(array.shape) for array in given)
             raise failure("ONNX Runtime", f"a part of shape {shapes}", one_line(error)) from error
+
+    def release(self) -> None:
+        """There is nothing to give back after the last of a pass."""
 
 
 class OnnxNetwork(OnnxSegmenter):

@@ -13,7 +13,7 @@ import openvino
 
 from segcore.box import Box
 from segcore.errors import ModelError, one_line
-from segcore.model.segmenter import Floats, Part, Segmenter, failure
+from segcore.model.segmenter import Floats, Integers, Part, Segmenter, Turn, failure
 from segcore.spec import Precision, times
 
 #: Layers of which it keeps what it has compiled for a size.
@@ -55,7 +55,7 @@ class OpenVinoPart:
         except Exception as error:  # openvino's exceptions share no base but RuntimeError, and texts of many lines
             raise ModelError(f"does not load in OpenVINO: {_reason(error)}") from error
 
-    def __call__(self, given: Sequence[Floats], last: bool = False) -> Floats:
+    def __call__(self, given: Sequence[Floats | Integers], last: bool = False) -> Floats:
         (made,) = self.run_all([given])
         if last:
             self.release()
@@ -66,7 +66,7 @@ class OpenVinoPart:
         self._requests.clear()
         self._compiled.release_memory()
 
-    def run_all(self, all_given: Sequence[Sequence[Floats]]) -> list[Floats]:
+    def run_all(self, all_given: Sequence[Sequence[Floats | Integers]]) -> list[Floats]:
         """Run it on several inputs, side by side."""
         try:
             while len(self._requests) < len(all_given):
@@ -115,7 +115,7 @@ class OpenVinoSegmenter:
                 self._network = OpenVinoPart(path.read_bytes(), threads, streams=streams, floats=floats)
         except (OSError, KeyError, zipfile.BadZipFile, ModelError) as error:
             raise ModelError(f"{path}: {one_line(error)}") from error
-        self.device = threading.Lock()
+        self.device: Turn = threading.Lock()
         how = f"CPU, {threads} threads" + (", bf16" if precision == "bf16" else "")
         self.engine = f"openvino {openvino.get_version().split('-')[0]} ({how})"
         self.batch = streams

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import numpy as np
@@ -14,6 +15,9 @@ from segcore.box import Box
 from segcore.errors import MemoryShortageError, ModelError
 
 Floats = NDArray[np.float32]
+Integers = NDArray[np.int64]
+Turn = AbstractContextManager[bool | None]
+"""Who is inside has the device; a lock, for instance."""
 
 
 #: What engines say when memory is out; they have no type of error for it.
@@ -35,7 +39,7 @@ class Segmenter(Protocol):
     is on the device. The result for a window depends on that window alone, not on the others of the batch.
     """
 
-    device: threading.Lock
+    device: Turn
 
     engine: str
     """What runs it, for log and manifest."""
@@ -58,11 +62,15 @@ class Segmenter(Protocol):
 class Part(Protocol):
     """A part of a network with one output, run again and again."""
 
-    def __call__(self, given: Sequence[Floats], last: bool = False) -> Floats:
-        """What it makes of its inputs, (1, C, *spatial) each. Raises ModelError.
+    def __call__(self, given: Sequence[Floats | Integers], last: bool = False) -> Floats:
+        """What it makes of its inputs, images of (1, C, *spatial) and numbers. Raises ModelError.
 
         After the `last` of a pass it holds no more memory than before the first.
         """
+        ...
+
+    def release(self) -> None:
+        """Give back the memory that it keeps from call to call."""
         ...
 
 
@@ -77,7 +85,7 @@ class BoxFilter:
     batch = 2
 
     def __init__(self, reach: int, classes: int = 3) -> None:
-        self.device = threading.Lock()
+        self.device: Turn = threading.Lock()
         self.reach, self.classes = reach, classes
 
     def __call__(self, batch: Floats, wanted: Box | None = None) -> Floats:

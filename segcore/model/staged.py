@@ -1,4 +1,4 @@
-"""Large windows of a local network, run in stages on a CPU, by whatever engine runs its parts (`segcore.staging`)."""
+"""Large windows of a local network, run in stages or in part on a CPU, by whatever engine (`segcore.staging`)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from segcore.box import Box
 from segcore.errors import ModelError
@@ -14,7 +15,7 @@ from segcore.model.probe import ROUNDING, noise
 from segcore.model.segmenter import Floats, Part, Segmenter
 from segcore.model.stages import find_stages
 from segcore.spec import times
-from segcore.staging import Staging, chunks, inside
+from segcore.staging import Staging, chunks, inside, rising
 
 #: What sides of a small window must be multiples of, for most networks and for those that halve it six times or seven.
 _CELLS = (32, 64, 128)
@@ -129,7 +130,7 @@ class StagedSegmenter:
                 continue
             staged = np.empty_like(plain)
             self._rise(staged, image, depth, Box.of(image.shape[2:]), Staging(depth + 1, chunk))
-            error_size = float(np.abs(plain - staged).max()) / max(float(np.abs(plain).max()), 1e-6)
+            error_size = _error(plain, staged, Box.of(plain.shape[2:]))
             if error_size <= ROUNDING["CPU"]:
                 return
             raise ModelError(
@@ -139,10 +140,78 @@ class StagedSegmenter:
         raise ModelError(f"{path} cannot be tried in chunks: {reason}")
 
 
+class CroppedSegmenter:
+    """An ONNX file, of whose windows only what is wanted rises (`segcore.staging`).
+
+    When made, it is run on noise and compared with `plain`, which is not kept. Raises ModelError where these differ,
+    and where that cannot be.
+    """
+
+    def __init__(self, path: Path, plain: Segmenter, load: LoadPart, threads: int, channels: int) -> None:
+        self.device, self.engine, self.batch = plain.device, plain.engine, plain.batch
+        cut = find_stages(path, channels, threads)
+        if cut is None or not cut.crops:
+            raise ModelError(f"{path} cannot be run in part; run all of it")
+        self.stages, self._crops = cut.stages, cut.crops
+        self._network = load(cut.cropped, threads, False)
+        self._prove(path, plain)
+
+    def __call__(self, batch: Floats, wanted: Box | None = None) -> Floats:
+        window = batch.shape[2:]
+        levels = self.stages.levels
+        rises = [box for _, box in rising(window, Box.of(window) if wanted is None else wanted, levels)]
+        # What has risen to a level begins where it was cropped further inside; within all of that, at its beginning.
+        origins = [
+            tuple(a * f for a, f in zip(box.start, level.factor, strict=True))
+            for box, level in zip(rises[1:], levels[1:], strict=True)
+        ]
+        ends = list[NDArray[np.int64]]()
+        for crop in self._crops:
+            box = rises[crop.level]
+            if crop.risen and crop.level < len(origins):
+                box = box.shift([-a for a in origins[crop.level]])
+            ends += [np.array(end, np.int64) * crop.ratio for end in (box.start, box.stop)]
+        # What is not wanted is not touched, and so takes no memory.
+        scores = np.empty((len(batch), self.stages.scores, *window), np.float32)
+        risen = rises[0].fine(levels[0].factor)
+        for image, out in zip(batch, scores, strict=True):
+            out[(None, slice(None), *risen.slices())] = self._network([image[None], *ends])
+        return scores
+
+    def release(self) -> None:
+        self._network.release()
+
+    def _prove(self, path: Path, plain: Segmenter) -> None:
+        """Compare a box in the middle of noise with the same in one pass over all of it."""
+        for cell in _CELLS:
+            shape = (3 * cell, *[2 * cell] * (len(self._crops[0].ratio) - 1))
+            box = Box(tuple(3 * n // 8 + 1 for n in shape), tuple(5 * n // 8 for n in shape))
+            image = noise((1, self.stages.channels, *shape))
+            try:
+                expected = plain(image)
+            except ModelError as error:  # it may want a larger one
+                reason = error
+                continue
+            error_size = _error(expected, self(image, box), box)
+            if error_size <= ROUNDING["CPU"]:
+                return
+            raise ModelError(
+                f"{path} gives other scores where only a part of a window rises, by {error_size:.2g} of their size in "
+                f"{times(shape)} pixels; run all of it"
+            )
+        raise ModelError(f"{path} cannot be tried in part: {reason}")
+
+
+def _error(expected: Floats, found: Floats, box: Box) -> float:
+    """How far scores in a box are from those that were expected there, relative to the largest of all."""
+    at = _at(box)
+    return float(np.abs(expected[at] - found[at]).max()) / max(float(np.abs(expected).max()), 1e-6)
+
+
 def _at(box: Box, origin: tuple[int, ...] | None = None) -> tuple[slice, ...]:
     """Index of a box in an array (N, C, *spatial) whose first pixel lies at `origin`."""
     return (slice(None), slice(None), *box.slices(origin))
 
 
-def _conforms(segmenter: StagedSegmenter) -> Segmenter:
-    return segmenter
+def _conforms(staged: StagedSegmenter, cropped: CroppedSegmenter) -> tuple[Segmenter, Segmenter]:
+    return staged, cropped

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, TensorProto, helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from segcore.errors import ModelError, SegcoreError, one_line
 from segcore.model.graph import OnnxGraph, flow_of, multiplications, needed, reads
@@ -63,11 +64,25 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
+class Crop:
+    """Where a tensor is cropped on its way up: to what rises to a `level`, in `ratio` of its pixels for a cell.
+
+    `risen`: it has been cropped before, further inside, and begins there.
+    """
+
+    level: int
+    ratio: tuple[int, ...]
+    risen: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Cut:
     """A network in stages: what a planner has to know, and the parts as ONNX files, to be run.
 
     `down[i]` takes (image,) and gives what is pooled; `up[i]` takes what `takes[i]` says of (image, risen) and gives
-    what has risen by a level; `inner[n]` is what is inside of n levels, `inner[0]` the network itself.
+    what has risen by a level; `inner[n]` is what is inside of n levels, `inner[0]` the network itself. `cropped` is the
+    network in one pass, of which a part rises: it takes the image, and of every one of `crops` the first and the last
+    pixel but one (int64), per axis. It is empty where that cannot be.
     """
 
     stages: Stages
@@ -75,6 +90,8 @@ class Cut:
     up: tuple[bytes, ...]
     takes: tuple[tuple[bool, bool], ...]
     inner: tuple[bytes, ...]
+    cropped: bytes
+    crops: tuple[Crop, ...]
 
 
 def find_stages(path: Path, channels: int, threads: int = 2) -> Cut | None:
@@ -119,7 +136,7 @@ class _Cutter:
             list[tuple[bool, bool]](),
             [self._part([self._x], self._y)],
         )
-        x, y = self._x, self._y
+        x, y, ways = self._x, self._y, list[tuple[str, str]]()
         while len(levels) < _MOST and (found := self._level(x, y)) is not None:
             level, pooled, risen = found
             sources = self._sources(x, risen, y)
@@ -128,12 +145,19 @@ class _Cutter:
             up.append(self._part(sources, y).SerializeToString())
             takes.append((x in sources, risen in sources))
             inner.append(self._part([pooled], risen))
+            ways.append((risen, y))
             x, y = pooled, risen
         if not levels:
             return None
         insides = tuple(self._cost(part, self._shapes[part.graph.input[0].name]) for part in inner)
+        cropped, crops = b"", list[Crop]()
+        try:
+            cropped, crops = self._cropped(ways)
+        except ModelError:
+            levels = [replace(level, rise=0.0) for level in levels]
         stages = Stages(tuple(levels), insides, self._shapes[self._x][1], self._shapes[self._y][1])
-        return Cut(stages, tuple(down), tuple(up), tuple(takes), tuple(part.SerializeToString() for part in inner))
+        parts = tuple(part.SerializeToString() for part in inner)
+        return Cut(stages, tuple(down), tuple(up), tuple(takes), parts, cropped, tuple(crops))
 
     def _refuse(self) -> None:
         for node in self._nodes:
@@ -233,9 +257,62 @@ class _Cutter:
         outputs = [helper.make_tensor_value_info(result, TensorProto.FLOAT, None)]
         initial = [self._initial[name] for name in sorted(taken & set(self._initial))]
         graph = helper.make_graph(nodes, "segflow", inputs, outputs, initial)
+        return self._model_of(graph)
+
+    def _model_of(self, graph: GraphProto) -> ModelProto:
         return helper.make_model(
             graph, opset_imports=self._model.opset_import, ir_version=max(4, self._model.ir_version)
         )
+
+    def _entering(self, risen: str, y: str) -> list[str]:
+        """What the way up from one tensor to another starts from: what has risen, and what skips the levels inside.
+
+        Raises ModelError where it also starts from a size, which would be that of the whole window.
+        """
+        way = self._between(risen, y)
+        taken = {name for node in way for name in reads(node)} - {name for node in way for name in node.output}
+        settings = needed(self._nodes, taken - self._data - set(self._initial))
+        if any(not self._data.isdisjoint(reads(node)) for node in settings):
+            raise ModelError(f"{self._path}: what rises from {risen} depends on a size")
+        return sorted(taken & self._data)
+
+    def _cropped(self, ways: Sequence[tuple[str, str]]) -> tuple[bytes, list[Crop]]:
+        """See `Cut`; `ways`: where the way up of every level begins and ends. Raises ModelError where it cannot be."""
+        if next(imported.version for imported in self._model.opset_import if imported.domain in STANDARD) < 10:
+            raise ModelError(f"{self._path}: its Slice takes no inputs")
+        axes = _unused("crop_axes", self._shapes)
+        crops, inputs = list[Crop](), list[ValueInfoProto]()
+        names, slices = dict[int, dict[str, str]](), dict[str, list[NodeProto]]()
+        for level, (risen, y) in enumerate(ways):
+            cells, entering = self._shapes[risen][2:], self._entering(risen, y)
+            new = {name: _unused(f"crop_{level}_{i}", self._shapes) for i, name in enumerate(entering)}
+            names |= {id(node): new for node in self._between(risen, y)}
+            for name, cut in new.items():
+                sides = self._shapes[name][2:]
+                if len(sides) != len(cells) or any(n % c for n, c in zip(sides, cells, strict=True)):
+                    raise ModelError(f"{self._path}: {name} has other axes than what rises beside it")
+                ends = [f"{cut}_first", f"{cut}_stop"]
+                inputs += [helper.make_tensor_value_info(end, TensorProto.INT64, [self._ndim]) for end in ends]
+                slices.setdefault(name, []).append(helper.make_node("Slice", [name, *ends, axes], [cut]))
+                ratio = tuple(n // c for n, c in zip(sides, cells, strict=True))
+                crops.append(Crop(level, ratio, name == risen))
+        nodes = [*slices.get(self._x, [])]
+        for node in self._nodes:
+            changed = NodeProto()
+            changed.CopyFrom(node)
+            new = names.get(id(node), {})
+            changed.input[:] = [new.get(name, name) for name in node.input]
+            nodes.append(changed)
+            nodes += chain.from_iterable(slices.get(name, []) for name in node.output)
+        image = self._part([self._x], self._y).graph
+        graph = helper.make_graph(
+            nodes,
+            "segflow",
+            [*image.input, *inputs],
+            image.output,
+            [*image.initializer, numpy_helper.from_array(np.arange(2, 2 + self._ndim, dtype=np.int64), axes)],
+        )
+        return self._model_of(graph).SerializeToString(), crops
 
     # Measuring.
 
@@ -251,7 +328,8 @@ class _Cutter:
         if sides[0] is None or sides[1] is None:
             return None
         costs = self._cost(down, self._shapes[x]), self._cost(up, self._shapes[x])
-        return Level(factor, sides[0], sides[1], *costs, self._shapes[pooled][1], self._shapes[risen][1])
+        rise = sum(self._products(self._between(risen, y))) / math.prod(size)
+        return Level(factor, sides[0], sides[1], *costs, self._shapes[pooled][1], self._shapes[risen][1], rise)
 
     def _halo(self, part: ModelProto, x: str, factor: tuple[int, ...]) -> Sides | None:
         """What a part must be shown around a cell of `factor` pixels to be right in it; None if it sees too far."""
@@ -318,10 +396,12 @@ class _Cutter:
     def _cost(self, part: ModelProto, shape: tuple[int, ...]) -> Part:
         """Multiply-adds and bytes held at the peak, for each pixel of an input of this shape."""
         pixels = math.prod(shape[2:])
-        weights = {name: tuple(tensor.dims) for name, tensor in self._initial.items()}
-        products = [node for node in part.graph.node if node.op_type in LOCAL_PRODUCTS]
-        work = sum(multiplications(node, self._shapes | weights) for node in products)
-        return Part(work / pixels, self._held(part) / pixels)
+        return Part(sum(self._products(part.graph.node)) / pixels, self._held(part) / pixels)
+
+    def _products(self, nodes: Iterable[NodeProto]) -> Iterator[int]:
+        """Multiply-adds of every node that has any."""
+        shapes = self._shapes | {name: tuple(tensor.dims) for name, tensor in self._initial.items()}
+        return (multiplications(node, shapes) for node in nodes if node.op_type in LOCAL_PRODUCTS)
 
     def _held(self, part: ModelProto) -> int:
         """Bytes at the peak of a run: what is still needed, node by node, and the working buffers of each."""
@@ -355,6 +435,13 @@ def _buffer(node: NodeProto, shapes: Shapes) -> int:
         steps = math.prod(attributes_of(node).get("strides", (1,)))
         return 4 * math.prod(shapes[node.output[0]]) * kernel // max(1, steps)
     return 0
+
+
+def _unused(name: str, taken: Container[str]) -> str:
+    """A name like this one that no tensor has."""
+    while name in taken:
+        name += "_"
+    return name
 
 
 def _is_pointwise(node: NodeProto) -> bool:
