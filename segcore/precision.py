@@ -22,7 +22,7 @@ from segcore.io.source import Floats
 from segcore.model import load_segmenter
 from segcore.model.card import Model
 from segcore.model.quantise import Quantised, quantise
-from segcore.model.segmenter import Segmenter, Turn
+from segcore.model.segmenter import Segmenter
 from segcore.plan import Plan, Tile
 from segcore.spec import Precision, usable_cores
 from segcore.tile import Labeller
@@ -174,7 +174,7 @@ class _Onlooker:
     batch = 1
 
     def __init__(self, classes: int) -> None:
-        self.device: Turn = threading.Lock()
+        self.device = threading.Lock()
         self.classes = classes
         self.shown: list[Floats] = []
 

@@ -17,6 +17,7 @@ from typing import Generic, TypeVar
 
 from distributed import Worker, WorkerPlugin, get_worker
 
+from segcore.box import Box
 from segcore.errors import MemoryShortageError
 from segcore.io.scratch import Scratch
 from segcore.io.source import Source
@@ -24,7 +25,7 @@ from segcore.machine import keep_heap_small, release_memory
 from segcore.model import load_segmenter
 from segcore.model.card import Model
 from segcore.model.quantise import Quantised
-from segcore.model.segmenter import Segmenter
+from segcore.model.segmenter import Floats, Segmenter
 from segcore.plan import TILES_IN_FLIGHT, Index, Plan
 from segcore.scaling import Scaling
 from segcore.spec import Engine, Precision
@@ -89,36 +90,31 @@ class _Once(Generic[T]):
             return self._made[0]
 
 
-class _Device:
-    """What the networks of a process are run on, one at a time."""
+class _Sharing:
+    """A network that shares the device with the others of a process, and the memory that is planned for one of them.
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._holder: Segmenter | None = None
+    Whichever was run before (`last`) gives back what it keeps.
+    """
 
-    def take(self, segmenter: Segmenter | None) -> None:
-        """Wait for it. The network that had it before gives back the memory that it keeps; None: for none."""
-        self._lock.acquire()
-        if self._holder is not None and self._holder is not segmenter:
-            self._holder.release()
-            release_memory()
-        self._holder = segmenter
+    def __init__(self, segmenter: Segmenter, device: threading.Lock, last: list[Segmenter]) -> None:
+        self.device, self.engine, self.batch = device, segmenter.engine, segmenter.batch
+        self._segmenter, self._last = segmenter, last
 
-    def leave(self) -> None:
-        self._lock.release()
+    def __call__(self, batch: Floats, wanted: Box | None = None) -> Floats:
+        if self._last != [self._segmenter]:
+            _give_back(self._last)
+            self._last.append(self._segmenter)
+        return self._segmenter(batch, wanted)
+
+    def release(self) -> None:
+        self._segmenter.release()
 
 
-class _Turn(contextlib.AbstractContextManager[None]):
-    """A network's turn on the device, or that of one that is loaded."""
-
-    def __init__(self, device: _Device, segmenter: Segmenter | None = None) -> None:
-        self._device, self._segmenter = device, segmenter
-
-    def __enter__(self) -> None:
-        self._device.take(self._segmenter)
-
-    def __exit__(self, *_: object) -> None:
-        self._device.leave()
+def _give_back(last: list[Segmenter]) -> None:
+    """Have the network that was run last, if any, give back what it keeps."""
+    while last:
+        last.pop().release()
+    release_memory()
 
 
 class Bench(WorkerPlugin):  # type: ignore[misc]
@@ -147,8 +143,8 @@ class Bench(WorkerPlugin):  # type: ignore[misc]
         self._active: Counter[str] = Counter()
         self._deadlines: dict[int, float] = {}
         self._labelled = 0
-        # Scenes of different size have plans, and networks, of their own: memory is planned for one of them.
-        self._device = _Device()
+        # Scenes of different size have plans, and networks, of their own.
+        self._device, self._last = threading.Lock(), list[Segmenter]()
         self._nowhere = Path(os.devnull).open("w")  # noqa: SIM115 (as long as the process)
         # The plan counts on so many tiles at once, however many threads the worker has.
         self.places = threading.Semaphore(TILES_IN_FLIGHT)
@@ -163,15 +159,14 @@ class Bench(WorkerPlugin):  # type: ignore[misc]
         return shelved.value()
 
     def segmenter(self, recipe: Recipe) -> Segmenter:
-        """The network of a recipe, loaded on first use. All take turns on the one device of this process."""
+        """The network of a recipe, loaded on first use."""
         how = recipe.quantised.sha256 if recipe.quantised else (recipe.plan.staging, recipe.engine, recipe.precision)
         key = f"{recipe.model.digest} {how}"
 
         def load() -> Segmenter:
-            with _Turn(self._device):  # loading takes memory, too
-                segmenter = _load(recipe, self._threads)
-            segmenter.device = _Turn(self._device, segmenter)
-            return segmenter
+            with self._device:  # loading takes memory, too
+                _give_back(self._last)
+                return _Sharing(_load(recipe, self._threads), self._device, self._last)
 
         with self._lock:
             shelved = _recent(self._segmenters, key, lambda: _Once(load), keep=2)

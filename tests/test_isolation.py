@@ -24,10 +24,9 @@ from segcore.execute import Workers, label_tiles
 from segcore.io.memory import ArrayScene
 from segcore.io.scratch import Scratch
 from segcore.model.card import load_card
-from segcore.model.segmenter import BoxFilter, Floats
 from segcore.plan import make_plan
 from segcore.scaling import fit_scaling
-from segcore.worker import Recipe, _Device, _Turn
+from segcore.worker import Recipe
 
 RNG = np.random.default_rng(5)
 
@@ -130,30 +129,6 @@ def test_workers_that_die_while_they_start_are_started_again(monkeypatch: pytest
     wrong = 100
     with pytest.raises(PlanError, match=r"no worker process starts on this machine, tried 3 times .*killed"):
         Workers(processes=1)
-
-
-def test_networks_take_turns_on_the_device(tmp_path: Path) -> None:
-    """Scenes of different size have plans, and so networks, of their own; only one of them holds memory."""
-
-    class Keeper(BoxFilter):
-        kept = 0
-
-        def __call__(self, batch: Floats, wanted: Box | None = None) -> Floats:
-            Keeper.kept += not self.__dict__.get("holds", False)
-            self.__dict__["holds"] = True
-            assert Keeper.kept == 1
-            return super().__call__(batch, wanted)
-
-        def release(self) -> None:
-            Keeper.kept -= self.__dict__.pop("holds", False)
-
-    device = _Device()
-    one, two = Keeper(1), Keeper(2)
-    for segmenter in (one, two, two, one):
-        with _Turn(device, segmenter):
-            segmenter(np.zeros((1, 1, 8, 8), np.float32))
-    with _Turn(device):
-        assert Keeper.kept == 0
 
 
 def test_a_worker_that_takes_long_to_be_back_is_waited_for() -> None:

@@ -12,7 +12,7 @@ import onnxruntime
 from segcore.box import Box
 from segcore.errors import ModelError, one_line
 from segcore.model.probe import Network
-from segcore.model.segmenter import Floats, Integers, Part, Segmenter, Turn, failure
+from segcore.model.segmenter import Floats, Integers, Part, Segmenter, failure
 from segcore.spec import times
 
 
@@ -53,7 +53,7 @@ class OnnxSegmenter:
                 f"onnx.utils.extract_model"
             )
         self._input, self._output = inputs[0].name, outputs[0]
-        self.device: Turn = threading.Lock()
+        self.device = threading.Lock()
         on = "CUDA" if self._session.get_providers()[0].startswith("CUDA") else f"CPU, {threads} threads"
         self.engine = f"onnxruntime {onnxruntime.__version__} ({on})"
         self.batch = 1 if on.startswith("CPU") else 16

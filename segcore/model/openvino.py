@@ -13,7 +13,7 @@ import openvino
 
 from segcore.box import Box
 from segcore.errors import ModelError, one_line
-from segcore.model.segmenter import Floats, Integers, Part, Segmenter, Turn, failure
+from segcore.model.segmenter import Floats, Integers, Part, Segmenter, failure
 from segcore.spec import Precision, times
 
 #: Layers of which it keeps what it has compiled for a size.
@@ -115,7 +115,7 @@ class OpenVinoSegmenter:
                 self._network = OpenVinoPart(path.read_bytes(), threads, streams=streams, floats=floats)
         except (OSError, KeyError, zipfile.BadZipFile, ModelError) as error:
             raise ModelError(f"{path}: {one_line(error)}") from error
-        self.device: Turn = threading.Lock()
+        self.device = threading.Lock()
         how = f"CPU, {threads} threads" + (", bf16" if precision == "bf16" else "")
         self.engine = f"openvino {openvino.get_version().split('-')[0]} ({how})"
         self.batch = streams

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from typing import Protocol
 
 import numpy as np
@@ -16,8 +15,6 @@ from segcore.errors import MemoryShortageError, ModelError
 
 Floats = NDArray[np.float32]
 Integers = NDArray[np.int64]
-Turn = AbstractContextManager[bool | None]
-"""Who is inside has the device; a lock, for instance."""
 
 
 #: What engines say when memory is out; they have no type of error for it.
@@ -39,7 +36,7 @@ class Segmenter(Protocol):
     is on the device. The result for a window depends on that window alone, not on the others of the batch.
     """
 
-    device: Turn
+    device: threading.Lock
 
     engine: str
     """What runs it, for log and manifest."""
@@ -85,7 +82,7 @@ class BoxFilter:
     batch = 2
 
     def __init__(self, reach: int, classes: int = 3) -> None:
-        self.device: Turn = threading.Lock()
+        self.device = threading.Lock()
         self.reach, self.classes = reach, classes
 
     def __call__(self, batch: Floats, wanted: Box | None = None) -> Floats:

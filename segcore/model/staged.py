@@ -44,12 +44,15 @@ class StagedSegmenter:
                 f"{path} is to be run with {staging.levels} levels in chunks, and has {found} that can be; run it in "
                 f"one pass"
             )
-        self.stages, self._staging, self._cut, self._threads = cut.stages, staging, cut, threads
+        self.stages, self._staging, self._threads = cut.stages, staging, threads
+        # Each of these has all the weights that lie inside of it: what is not run here is not kept.
+        self._takes, self._insides = cut.takes, cut.inner[: staging.levels + 1]
         self._down = [load(part, threads, True) for part in cut.down[: staging.levels]]
         self._up = [load(part, threads, True) for part in cut.up[: staging.levels]]
         self._inner: tuple[int, Part] | None = None
         for depth in range(staging.levels):
             self._prove(path, depth)
+        self._inner = None
 
     def __call__(self, batch: Floats, wanted: Box | None = None) -> Floats:
         window = batch.shape[2:]
@@ -67,7 +70,6 @@ class StagedSegmenter:
 
     def release(self) -> None:
         self._plain.release()
-        self._inner = None
 
     def _rise(self, out: Floats, image: Floats, depth: int, wanted: Box, staging: Staging) -> None:
         """Write what rises to a level in a wanted box of its grid. `image`: what has gone down to it."""
@@ -77,7 +79,7 @@ class StagedSegmenter:
         pieces = chunks(shape, wanted, level.up_halo, level.factor, staging.chunk)
         for chunk in pieces:
             shown = [image[_at(chunk.read)], risen[_at(chunk.read.coarse(level.factor), below.start)]]
-            given = [array for array, taken in zip(shown, self._cut.takes[depth], strict=True) if taken]
+            given = [array for array, taken in zip(shown, self._takes[depth], strict=True) if taken]
             core = chunk.core & wanted
             found = self._up[depth](given, chunk is pieces[-1])
             out[_at(core, wanted.start)] = found[_at(core, chunk.read.start)]
@@ -109,7 +111,7 @@ class StagedSegmenter:
         """The part inside of so many levels. One is kept: windows are mostly of one size, and weights are large."""
         if self._inner is None or self._inner[0] != depth:
             self._inner = None
-            self._inner = depth, self._load(self._cut.inner[depth], self._threads, False)
+            self._inner = depth, self._load(self._insides[depth], self._threads, False)
         return self._inner[1]
 
     def _prove(self, path: Path, depth: int) -> None:

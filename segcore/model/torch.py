@@ -19,7 +19,7 @@ from segcore.errors import CardError, ModelError, one_line
 from segcore.model.archive import open_export, read_state
 from segcore.model.card import Artifact, NetworkClass
 from segcore.model.probe import Network, Trace, noise
-from segcore.model.segmenter import Floats, Segmenter, Turn, failure
+from segcore.model.segmenter import Floats, Segmenter, failure
 
 
 def load_module(artifact: Artifact, path: Path) -> torch.nn.Module:
@@ -80,7 +80,7 @@ class TorchSegmenter:
             # TF32 keeps 10 bits of a float32: too few for the scores of tiles to be those of the whole.
             torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         self._module = module.to(self._device)
-        self.device: Turn = threading.Lock()
+        self.device = threading.Lock()
         on = "CUDA" if self._device.type == "cuda" else f"CPU, {threads} threads"
         self.engine = f"torch {torch.__version__} ({on})"
         self.batch = 1 if self._device.type == "cpu" else 16
