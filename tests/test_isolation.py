@@ -24,9 +24,10 @@ from segcore.execute import Workers, label_tiles
 from segcore.io.memory import ArrayScene
 from segcore.io.scratch import Scratch
 from segcore.model.card import load_card
+from segcore.model.segmenter import BoxFilter, Floats, Segmenter
 from segcore.plan import make_plan
 from segcore.scaling import fit_scaling
-from segcore.worker import Recipe
+from segcore.worker import Recipe, _Sharing
 
 RNG = np.random.default_rng(5)
 
@@ -129,6 +130,28 @@ def test_workers_that_die_while_they_start_are_started_again(monkeypatch: pytest
     wrong = 100
     with pytest.raises(PlanError, match=r"no worker process starts on this machine, tried 3 times .*killed"):
         Workers(processes=1)
+
+
+def test_one_network_at_a_time_holds_memory() -> None:
+    """Scenes of different size have plans, and so networks, of their own."""
+
+    class Keeper(BoxFilter):
+        holds = False
+
+        def __call__(self, batch: Floats, wanted: Box | None = None) -> Floats:
+            self.holds = True
+            return super().__call__(batch, wanted)
+
+        def release(self) -> None:
+            self.holds = False
+
+    device, last = threading.Lock(), list[Segmenter]()
+    keepers = Keeper(1), Keeper(2)
+    one, two = (_Sharing(keeper, device, last) for keeper in keepers)
+    for segmenter, expected in ((one, (True, False)), (two, (False, True)), (two, (False, True)), (one, (True, False))):
+        segmenter(np.zeros((1, 1, 8, 8), np.float32))
+        assert tuple(keeper.holds for keeper in keepers) == expected
+    assert one.device is two.device
 
 
 def test_a_worker_that_takes_long_to_be_back_is_waited_for() -> None:
