@@ -124,7 +124,11 @@ def _in_stages(
     from segcore.model.staged import CroppedSegmenter, StagedSegmenter
 
     if staging == ONE_PASS:
-        return CroppedSegmenter(path, segmenter, load, threads, len(card.channels))
+        try:
+            return CroppedSegmenter(path, segmenter, load, threads, len(card.channels))
+        except ModelError as fault:  # what the plan has saved by it is done after all
+            _LOG.info("%s: %s", card.name, fault)
+            return segmenter
     return StagedSegmenter(path, segmenter, load, threads, len(card.channels), staging)
 
 
