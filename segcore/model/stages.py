@@ -81,8 +81,8 @@ class Cut:
 
     `down[i]` takes (image,) and gives what is pooled; `up[i]` takes what `takes[i]` says of (image, risen) and gives
     what has risen by a level; `inner[n]` is what is inside of n levels, `inner[0]` the network itself. `cropped` is the
-    network in one pass, of which a part rises: it takes the image, and of every one of `crops` the first and the last
-    pixel but one (int64), per axis. It is empty where that cannot be.
+    network in one pass, of which a part rises: it takes the image, and for every one of `crops` the first pixel and the
+    one behind the last (int64), per axis. It is empty where that cannot be.
     """
 
     stages: Stages
