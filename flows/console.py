@@ -65,8 +65,7 @@ class Lines:
 
     def ended(self, record: SceneRecord) -> None:
         self.note(sentence(record))
-        for warning in record.details.get("warnings", ()):
-            self.note(f"warning: {record.name}: {warning}")
+        _tell_warnings(self, record)
 
     def note(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
@@ -91,8 +90,7 @@ class Bar:
             self.live.remove_task(self._tasks.pop(record.name))
         style = {"done": "green", "up to date": "cyan"}.get(record.state, "red")
         self.live.console.print(sentence(record), style=style, highlight=False, markup=False, soft_wrap=True)
-        for warning in record.details.get("warnings", ()):
-            self.note(f"warning: {record.name}: {warning}")
+        _tell_warnings(self, record)
 
     def note(self, text: str) -> None:
         self.live.console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -132,6 +130,11 @@ def reporting(quiet: bool) -> Iterator[Reporter]:
         else:
             reporter = Lines()
         yield stack.enter_context(report_to(reporter))
+
+
+def _tell_warnings(reporter: Reporter, record: SceneRecord) -> None:
+    for warning in record.details.get("warnings", ()):
+        reporter.note(f"warning: {record.name}: {warning}")
 
 
 def sentence(record: SceneRecord) -> str:

@@ -129,11 +129,12 @@ def test_a_scene_that_fits_is_one_tile_of_a_local_network() -> None:
 
 def test_a_larger_scene_that_fits_is_cut_where_memory_takes_longer_than_halos() -> None:
     grid, cost = Grid("yx", (2000, 2000)), replace(COST, runner="openvino")
-    cut = make_plan(grid, grid.shape, Sight((16, 16), REACH), cost, LOTS)
-    whole = make_plan(grid, grid.shape, Sight((16, 16), REACH), cost, LOTS, core=grid.shape)
+    enough = 2**31  # for the whole; with much more, holes of the heap would be counted of several tiles
+    cut = make_plan(grid, grid.shape, Sight((16, 16), REACH), cost, enough)
+    whole = make_plan(grid, grid.shape, Sight((16, 16), REACH), cost, enough, core=grid.shape)
     assert 2 <= len(cut) <= 9
     assert cut.work < 1.3
-    assert cut.memory < 0.8 * whole.memory
+    assert cut.memory < 0.7 * whole.memory
     seen = Sight((16, 16), symmetric((400, 400)))  # a halo that is as large as the tiles would be
     assert len(make_plan(grid, grid.shape, seen, cost, LOTS)) == 1
 

@@ -95,53 +95,51 @@ NETWORKS = {
 ENGINES = {"onnxruntime": (OnnxSegmenter, OnnxPart), "openvino": (OpenVinoSegmenter, OpenVinoPart)}
 
 
+class Exported:
+    """One of the networks in an engine, and what it says of noise in one pass."""
+
+    def __init__(self, name: str, engine: str, folder: Path) -> None:
+        make, self.dims, self.most = NETWORKS[name]
+        self.path = export(as_if_trained(make()), folder / "net.onnx", 2, self.dims)
+        load, self.load_part = ENGINES[engine]
+        self.whole = load(self.path, 2)
+        self.window = (160, 224) if self.dims == 2 else (48, 80, 64)
+        self.image = noise((1, 2, *self.window))
+        self.expected = self.whole(self.image)
+        self.bits = name == "blocks"
+        assert self.expected.std(axis=(0, *range(2, 2 + self.dims))).min() > 1e-3, "nothing comes through"
+
+    def check(self, other: CroppedSegmenter | StagedSegmenter) -> None:
+        """Another way to run it says the same of the whole, and of boxes of it."""
+        assert len(other.stages.levels) == self.most
+        assert same(other(self.image), self.expected, bits=self.bits)
+        for wanted in (
+            Box(tuple(n // 3 + 1 for n in self.window), tuple(n // 2 + 4 for n in self.window)),
+            Box((0,) * self.dims, (1,) * self.dims),
+            Box(tuple(n - 5 for n in self.window), self.window),
+        ):
+            at = (slice(None), slice(None), *wanted.slices())
+            assert same(other(self.image, wanted)[at], self.expected[at], bits=self.bits), wanted
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_stages_say_what_one_pass_says(name: str, engine: str, tmp_path: Path) -> None:
-    make, dims, most = NETWORKS[name]
-    path = export(as_if_trained(make()), tmp_path / "net.onnx", 2, dims)
-    load, load_part = ENGINES[engine]
-    whole = load(path, 2)
-    window = (160, 224) if dims == 2 else (48, 80, 64)
-    image = noise((1, 2, *window))
-    expected = whole(image)
-    assert expected.std(axis=(0, *range(2, 2 + dims))).min() > 1e-3, "nothing comes through"
-    for levels in range(1, most + 1):
-        chunk = (44 if dims == 2 else 28,) * dims
-        staged = StagedSegmenter(path, whole, load_part, 2, 2, Staging(levels, chunk))
-        assert len(staged.stages.levels) == most
-        assert same(staged(image), expected, bits=name == "blocks")
-        for wanted in (
-            Box(tuple(n // 3 + 1 for n in window), tuple(n // 2 + 4 for n in window)),
-            Box((0,) * dims, (1,) * dims),
-            Box(tuple(n - 5 for n in window), window),
-        ):
-            at = (slice(None), slice(None), *wanted.slices())
-            assert same(staged(image, wanted)[at], expected[at], bits=name == "blocks"), wanted
+    network = Exported(name, engine, tmp_path)
+    chunk = (44 if network.dims == 2 else 28,) * network.dims
+    for levels in range(1, network.most + 1):
+        staging = Staging(levels, chunk)
+        network.check(StagedSegmenter(network.path, network.whole, network.load_part, 2, 2, staging))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_part_of_a_window_says_what_the_whole_says(name: str, engine: str, tmp_path: Path) -> None:
-    make, dims, most = NETWORKS[name]
-    path = export(as_if_trained(make()), tmp_path / "net.onnx", 2, dims)
-    load, load_part = ENGINES[engine]
-    whole = load(path, 2)
-    cropped = CroppedSegmenter(path, whole, load_part, 2, 2)
-    window = (160, 224) if dims == 2 else (48, 80, 64)
-    image = noise((1, 2, *window))
-    expected = whole(image)
-    for wanted in (
-        None,
-        Box(tuple(n // 3 + 1 for n in window), tuple(n // 2 + 4 for n in window)),
-        Box((0,) * dims, (1,) * dims),
-        Box(tuple(n - 5 for n in window), window),
-    ):
-        at = (slice(None), slice(None), *(wanted or Box.of(window)).slices())
-        assert same(cropped(image, wanted)[at], expected[at], bits=name == "blocks"), wanted
-    stages = cropped.stages
-    assert len(stages.levels) == most
-    everything, nothing = Box.of(window), Box((0,) * dims, (1,) * dims)
+    network = Exported(name, engine, tmp_path)
+    cropped = CroppedSegmenter(network.path, network.whole, network.load_part, 2, 2)
+    network.check(cropped)
+    stages, window = cropped.stages, network.window
+    everything, nothing = Box.of(window), Box((0,) * network.dims, (1,) * network.dims)
     assert stages.work(window, everything, ONE_PASS) == stages.inner[0].work * math.prod(window)
     assert stages.work(window, nothing, ONE_PASS) < 0.99 * stages.work(window, everything, ONE_PASS)
 

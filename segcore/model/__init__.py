@@ -14,7 +14,7 @@ from segcore.errors import ModelError
 from segcore.files import sha256_of
 from segcore.machine import release_memory
 from segcore.model.card import Card, Model
-from segcore.model.probe import Network, largest_error, noise, rounding_of
+from segcore.model.probe import Network, first_taken, largest_error, rounding_of
 from segcore.model.quantise import Quantised
 from segcore.model.segmenter import Part, Segmenter
 from segcore.spec import SAME_SCORES, STREAMS, Engine, Precision, Runner, usable_cores
@@ -136,15 +136,9 @@ def _difference(one: Segmenter, other: Segmenter, card: Card) -> float:
     """How far the scores of two engines are from each other on noise, relative to the largest. Raises ModelError."""
     sight = card.sight()
     shapes = [tuple(-(-side // s) * s for s in sight.stride) for side in _SIDES[len(sight.stride)]]
-    for shape in [sight.window] if sight.fixed and sight.window else shapes:
-        image = noise((1, len(card.channels), *shape))
-        try:
-            scores = one(image)
-        except ModelError as error:  # it may want a larger one
-            fault = error
-            continue
-        return float(np.abs(scores - other(image)).max()) / max(float(np.abs(scores).max()), 1e-6)
-    raise fault
+    sizes = [sight.window] if sight.fixed and sight.window else shapes
+    image, scores = first_taken(one, ((1, len(card.channels), *size) for size in sizes))
+    return float(np.abs(scores - other(image)).max()) / max(float(np.abs(scores).max()), 1e-6)
 
 
 def stages_of(path: Path, channels: int) -> Stages | None:

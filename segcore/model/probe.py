@@ -14,6 +14,7 @@ so is found in two ways that do not trust each other:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -283,6 +284,21 @@ def _marked(shape: tuple[int, ...], stride: tuple[int, ...], axes: tuple[int, ..
     cell = (slice(a, a + s) for a, s in zip(starts, stride, strict=True))
     marks[tuple(part if axis in axes else slice(None) for axis, part in enumerate(cell))] = True
     return marks
+
+
+def first_taken(network: Callable[[Floats], Floats], shapes: Iterable[tuple[int, ...]]) -> tuple[Floats, Floats]:
+    """Noise of the first of these shapes (N, C, *spatial) that a network takes, and its scores.
+
+    A network of many levels wants a large image. Raises the last ModelError where it takes none.
+    """
+    fault = ModelError("there is nothing to try it on")
+    for shape in shapes:
+        image = noise(shape)
+        try:
+            return image, network(image)
+        except ModelError as error:
+            fault = error
+    raise fault
 
 
 def noise(shape: tuple[int, ...], seed: int = 0) -> Floats:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from segcore.box import Box
 from segcore.errors import ModelError
 from segcore.machine import release_memory
-from segcore.model.probe import ROUNDING, noise
+from segcore.model.probe import ROUNDING, first_taken
 from segcore.model.segmenter import Floats, Part, Segmenter
 from segcore.model.stages import find_stages
 from segcore.spec import times
@@ -118,28 +118,30 @@ class StagedSegmenter:
         """Compare what a level and all inside of it give in small chunks, and in one pass."""
         level = self.stages.levels[depth]
         channels = self.stages.levels[depth - 1].pooled if depth else self.stages.channels
-        for cell in _CELLS:
-            # Two chunks along each axis, and more along the first, so that some do not touch the border there.
-            sides = [-(-(n + 2 * f) // cell) * cell for n, f in zip(level.least, level.factor, strict=True)]
-            chunk = tuple(
-                max(n + f, side * 3 // 4 // f * f) for n, f, side in zip(level.least, level.factor, sides, strict=True)
+        # Two chunks along each axis, and more along the first, so that some do not touch the border there.
+        all_sides = (
+            [-(-(n + 2 * f) // cell) * cell for n, f in zip(level.least, level.factor, strict=True)] for cell in _CELLS
+        )
+        try:
+            image, plain = first_taken(
+                lambda image: self._inside(depth)([image]),
+                ((1, channels, 2 * sides[0], *sides[1:]) for sides in all_sides),
             )
-            image = noise((1, channels, 2 * sides[0], *sides[1:]))
-            try:
-                plain = self._inside(depth)([image])
-            except ModelError as error:
-                reason = error
-                continue
-            staged = np.empty_like(plain)
-            self._rise(staged, image, depth, Box.of(image.shape[2:]), Staging(depth + 1, chunk))
-            error_size = _error(plain, staged, Box.of(plain.shape[2:]))
-            if error_size <= ROUNDING["CPU"]:
-                return
+        except ModelError as error:
+            raise ModelError(f"{path} cannot be tried in chunks: {error}") from error
+        shape = image.shape[2:]
+        sides = (shape[0] // 2, *shape[1:])
+        chunk = tuple(
+            max(n + f, side * 3 // 4 // f * f) for n, f, side in zip(level.least, level.factor, sides, strict=True)
+        )
+        staged = np.empty_like(plain)
+        self._rise(staged, image, depth, Box.of(shape), Staging(depth + 1, chunk))
+        error_size = _error(plain, staged, Box.of(shape))
+        if error_size > ROUNDING["CPU"]:
             raise ModelError(
                 f"{path} gives other scores in chunks than in one pass, by {error_size:.2g} of their size in "
-                f"{times(image.shape[2:])} pixels of level {depth}; run it in one pass"
+                f"{times(shape)} pixels of level {depth}; run it in one pass"
             )
-        raise ModelError(f"{path} cannot be tried in chunks: {reason}")
 
 
 class CroppedSegmenter:
@@ -163,10 +165,7 @@ class CroppedSegmenter:
         levels = self.stages.levels
         rises = [box for _, box in rising(window, Box.of(window) if wanted is None else wanted, levels)]
         # What has risen to a level begins where it was cropped further inside; within all of that, at its beginning.
-        origins = [
-            tuple(a * f for a, f in zip(box.start, level.factor, strict=True))
-            for box, level in zip(rises[1:], levels[1:], strict=True)
-        ]
+        origins = [box.fine(level.factor).start for box, level in zip(rises[1:], levels[1:], strict=True)]
         ends = list[NDArray[np.int64]]()
         for crop in self._crops:
             box = rises[crop.level]
@@ -185,23 +184,21 @@ class CroppedSegmenter:
 
     def _prove(self, path: Path, plain: Segmenter) -> None:
         """Compare a box in the middle of noise with the same in one pass over all of it."""
-        for cell in _CELLS:
-            shape = (3 * cell, *[2 * cell] * (len(self._crops[0].ratio) - 1))
-            box = Box(tuple(3 * n // 8 + 1 for n in shape), tuple(5 * n // 8 for n in shape))
-            image = noise((1, self.stages.channels, *shape))
-            try:
-                expected = plain(image)
-            except ModelError as error:  # it may want a larger one
-                reason = error
-                continue
-            error_size = _error(expected, self(image, box), box)
-            if error_size <= ROUNDING["CPU"]:
-                return
+        others = len(self._crops[0].ratio) - 1
+        try:
+            image, expected = first_taken(
+                plain, ((1, self.stages.channels, 3 * cell, *[2 * cell] * others) for cell in _CELLS)
+            )
+        except ModelError as error:
+            raise ModelError(f"{path} cannot be tried in part: {error}") from error
+        shape = image.shape[2:]
+        box = Box(tuple(3 * n // 8 + 1 for n in shape), tuple(5 * n // 8 for n in shape))
+        error_size = _error(expected, self(image, box), box)
+        if error_size > ROUNDING["CPU"]:
             raise ModelError(
                 f"{path} gives other scores where only a part of a window rises, by {error_size:.2g} of their size in "
                 f"{times(shape)} pixels; run all of it"
             )
-        raise ModelError(f"{path} cannot be tried in part: {reason}")
 
 
 def _error(expected: Floats, found: Floats, box: Box) -> float:

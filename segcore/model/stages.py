@@ -264,16 +264,15 @@ class _Cutter:
             graph, opset_imports=self._model.opset_import, ir_version=max(4, self._model.ir_version)
         )
 
-    def _entering(self, risen: str, y: str) -> list[str]:
-        """What the way up from one tensor to another starts from: what has risen, and what skips the levels inside.
+    def _entering(self, way: Sequence[NodeProto]) -> list[str]:
+        """What a way up starts from: what has risen, and what skips the levels inside.
 
         Raises ModelError where it also starts from a size, which would be that of the whole window.
         """
-        way = self._between(risen, y)
         taken = {name for node in way for name in reads(node)} - {name for node in way for name in node.output}
         settings = needed(self._nodes, taken - self._data - set(self._initial))
         if any(not self._data.isdisjoint(reads(node)) for node in settings):
-            raise ModelError(f"{self._path}: what rises from {risen} depends on a size")
+            raise ModelError(f"{self._path}: what rises depends on a size")
         return sorted(taken & self._data)
 
     def _cropped(self, ways: Sequence[tuple[str, str]]) -> tuple[bytes, list[Crop]]:
@@ -284,9 +283,9 @@ class _Cutter:
         crops, inputs = list[Crop](), list[ValueInfoProto]()
         names, slices = dict[int, dict[str, str]](), dict[str, list[NodeProto]]()
         for level, (risen, y) in enumerate(ways):
-            cells, entering = self._shapes[risen][2:], self._entering(risen, y)
-            new = {name: _unused(f"crop_{level}_{i}", self._shapes) for i, name in enumerate(entering)}
-            names |= {id(node): new for node in self._between(risen, y)}
+            cells, way = self._shapes[risen][2:], self._between(risen, y)
+            new = {name: _unused(f"crop_{level}_{i}", self._shapes) for i, name in enumerate(self._entering(way))}
+            names |= {id(node): new for node in way}
             for name, cut in new.items():
                 sides = self._shapes[name][2:]
                 if len(sides) != len(cells) or any(n % c for n, c in zip(sides, cells, strict=True)):
