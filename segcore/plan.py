@@ -27,7 +27,7 @@ from segcore.box import Box
 from segcore.errors import PlanError
 from segcore.grid import Grid, Rescale, mirrored
 from segcore.spec import Cost, Mode, Runner, Sides, Sight, format_bytes, times
-from segcore.staging import Stages, Staging
+from segcore.staging import ONE_PASS, Stages, Staging
 
 Index = tuple[int, ...]
 Tiling = Literal["exact", "measured", "blend"]
@@ -260,6 +260,7 @@ def make_plan(
     mode: Mode = "auto",
     measured: bool = False,
     stages: Stages | None = None,
+    in_chunks: bool = True,
 ) -> Plan:
     """The tiling of a scene that fits `memory` bytes with the least work, or with cores of this shape.
 
@@ -267,7 +268,8 @@ def make_plan(
     one with a window, however small the scene: what a network that is not local says depends on what it sees, and
     that must not depend on memory. A network that is neither, or that is asked for exact mode, is run on the whole
     scene in one piece. `measured`: the reach is not the network's own, but one that will do. `stages`: how the network
-    can be run in stages, in exact mode. Raises PlanError, with the numbers, for what cannot work.
+    can be run in stages, in exact mode; `in_chunks`: whether also in more than one pass. Raises PlanError, with the
+    numbers, for what cannot work.
     """
     chosen = _choose_mode(sight, mode, measured)
     if prod(canvas) < prod(sight.stride):
@@ -293,7 +295,8 @@ def make_plan(
             and plain.memory - int(cost.engine_bytes_per_pixel * plain._halo_window(_middle(plain)).size) > memory
         ):
             return plain  # what the tile holds beside the network is too much already
-        ways = [plain, *(_with_memory(plain, cost, stages, staging) for staging in _stagings(plain, stages))]
+        stagings = _stagings(plain, stages) if in_chunks else [ONE_PASS]
+        ways = [plain, *(_with_memory(plain, cost, stages, staging) for staging in stagings)]
         fitting = [way for way in ways if way.memory <= memory]
         return (
             min(fitting, key=lambda way: way.staged_work * way.pace(cost.runner))

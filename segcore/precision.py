@@ -19,7 +19,7 @@ import numpy as np
 from segcore.box import Box
 from segcore.errors import ModelError
 from segcore.io.source import Floats
-from segcore.model import load_segmenter
+from segcore.model import cut_of, load_segmenter
 from segcore.model.card import Model
 from segcore.model.quantise import Quantised, quantise
 from segcore.model.segmenter import Segmenter
@@ -111,9 +111,18 @@ def prove_int8(labeller: Labeller, model: Model, path: Path, kept: Quantised | N
     ModelError, SceneError.
     """
     seen, (calibrated_on, compared) = _looked_at(labeller, "int8")
-    network = kept or Quantised(path, quantise(model.weights()[1], _shown(seen, calibrated_on), path), calibration)
+    network = kept or _quantised(model, _shown(seen, calibrated_on), path, calibration)
     segmenter = load_segmenter(model, usable_cores(), quantised=network)
     return _compared(labeller, seen, segmenter, compared, network)
+
+
+def _quantised(model: Model, shown: list[Floats], path: Path, calibration: str) -> Quantised:
+    """A network in int8, made in the file `path` from what was shown; a part of its windows can rise if that may be."""
+    artifact, weights = model.weights()
+    cut = cut_of(model, usable_cores())
+    network = cut.cropped if cut else weights.read_bytes()
+    batches = [[batch, *(cut.cropping(size := batch.shape[2:], Box.of(size))[1] if cut else ())] for batch in shown]
+    return Quantised(path, quantise(artifact.path, network, batches, path), calibration)
 
 
 def _looked_at(labeller: Labeller, precision: Precision) -> tuple[Labeller, tuple[list[Tile], list[Tile]]]:

@@ -307,7 +307,7 @@ def _in_precision(recipe: Recipe, workers: Workers, prospect: Prospect) -> tuple
     if settings.precision == "fp32":
         return recipe, None
     work = partial(prove_bf16, model=model)
-    proof = _kept(recipe.scratch.root / "bf16.json", Proof, lambda: run_once(recipe, workers, work))
+    proof = _kept(recipe.scratch.root / "bf16.json", Proof, lambda: run_once(_whole(recipe), workers, work))
     proof.check(settings.agreement, model.card.name)
     return replace(recipe, precision=settings.precision), proof
 
@@ -327,13 +327,18 @@ def _quantised(recipe: Recipe, workers: Workers, prospect: Prospect) -> tuple[Re
     else:  # this scene is calibrated on, whatever another run has kept since
         kept = None
     work = partial(prove_int8, model=model, path=path, kept=kept, calibration=prospect.calibration)
-    proof = _kept(recipe.scratch.root / "int8.json", Proof, lambda: run_once(recipe, workers, work))
+    proof = _kept(recipe.scratch.root / "int8.json", Proof, lambda: run_once(_whole(recipe), workers, work))
     proof.check(prospect.job.settings.agreement, model.card.name, made)
     assert proof.sha256 is not None
     network = Quantised(path, proof.sha256, prospect.calibration)
     if proof.says_much:  # else other scenes would be labelled with it, too
         keep_quantised(model, network)
     return replace(recipe, quantised=network), proof
+
+
+def _whole(recipe: Recipe) -> Recipe:
+    """The recipe for places that are labelled whole, in one pass each."""
+    return replace(recipe, plan=replace(recipe.plan, staging=None))
 
 
 def _measure_halo(recipe: Recipe, workers: Workers, tolerance: float | None) -> Measured | None:

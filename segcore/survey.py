@@ -142,8 +142,8 @@ def survey(job: Job, core: tuple[int, ...] | None = None) -> Prospect:
     def plan_with(runner: Runner, core: tuple[int, ...] | None) -> Plan:
         measured = job.settings.tolerance is not None
         cost = model.card.cost(runner, model.weights_bytes, job.settings.precision, job.settings.engine)
-        stages = _stages_of(model, canvas) if job.settings.precision == "fp32" else None
-        if stages is not None and runner == "openvino":
+        stages, fp32 = _stages_of(model, canvas), job.settings.precision == "fp32"
+        if stages is not None and runner == "openvino" and fp32:
             # The card's number is what ONNX Runtime holds, which fills up few channels to sixteen.
             held = min(cost.engine_bytes_per_pixel, _IN_OPENVINO * stages.inner[0].bytes)
             cost = replace(cost, engine_bytes_per_pixel=held)
@@ -157,6 +157,7 @@ def survey(job: Job, core: tuple[int, ...] | None = None) -> Prospect:
             mode=job.settings.mode,
             measured=measured,
             stages=stages,
+            in_chunks=fp32,
         )
 
     # With what a run was interrupted that is gone on with if it can be, whatever memory is free today.

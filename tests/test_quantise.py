@@ -257,7 +257,7 @@ def test_kept_beside_the_model_and_known_by_its_digest(
     shutil.copytree(windowed, folder)
     model, batch = load_card(str(folder)), np.random.default_rng(0).standard_normal((1, 3, 64, 64)).astype(np.float32)
     path = tmp_path / "made.zip"
-    made = Quantised(path, quantise(model.weights()[1], [batch], path), "here")
+    made = Quantised(path, quantise("mine", model.weights()[1].read_bytes(), [[batch]], path), "here")
     assert find_quantised(model) is None
     keep_quantised(model, made)
     kept = find_quantised(model)
@@ -271,6 +271,6 @@ def test_kept_beside_the_model_and_known_by_its_digest(
     found = find_quantised(model)
     assert found is not None
     assert found.calibration == "there"
-    with pytest.raises(ModelError, match="cannot be quantised by NNCF"):
-        quantise(tmp_path / "made.zip", [batch], tmp_path / "never.zip")
+    with pytest.raises(ModelError, match="mine cannot be quantised by NNCF"):
+        quantise("mine", b"damaged", [[batch]], tmp_path / "never.zip")
     assert "nncf" not in sys.modules, "it stays in its own process"

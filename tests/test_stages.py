@@ -30,7 +30,7 @@ from segcore.model.card import load_card
 from segcore.model.onnx import OnnxPart, OnnxSegmenter
 from segcore.model.openvino import OpenVinoPart, OpenVinoSegmenter
 from segcore.model.probe import noise
-from segcore.model.staged import CroppedSegmenter, StagedSegmenter
+from segcore.model.staged import CroppedSegmenter, StagedSegmenter, crop
 from segcore.model.stages import find_stages
 from segcore.model.unet import UNet
 from segcore.staging import ONE_PASS, Level, Part, Stages, Staging, chunks, spans
@@ -111,7 +111,6 @@ class Exported:
 
     def check(self, other: CroppedSegmenter | StagedSegmenter) -> None:
         """Another way to run it says the same of the whole, and of boxes of it."""
-        assert len(other.stages.levels) == self.most
         assert same(other(self.image), self.expected, bits=self.bits)
         for wanted in (
             Box(tuple(n // 3 + 1 for n in self.window), tuple(n // 2 + 4 for n in self.window)),
@@ -129,16 +128,19 @@ def test_stages_say_what_one_pass_says(name: str, engine: str, tmp_path: Path) -
     chunk = (44 if network.dims == 2 else 28,) * network.dims
     for levels in range(1, network.most + 1):
         staging = Staging(levels, chunk)
-        network.check(StagedSegmenter(network.path, network.whole, network.load_part, 2, 2, staging))
+        staged = StagedSegmenter(network.path, network.whole, network.load_part, 2, 2, staging)
+        assert len(staged.stages.levels) == network.most
+        network.check(staged)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_part_of_a_window_says_what_the_whole_says(name: str, engine: str, tmp_path: Path) -> None:
     network = Exported(name, engine, tmp_path)
-    cropped = CroppedSegmenter(network.path, network.whole, network.load_part, 2, 2)
+    cropped = crop(network.path, network.whole, network.load_part, 2, 2)
     network.check(cropped)
-    stages, window = cropped.stages, network.window
+    stages, window = cropped.cut.stages, network.window
+    assert len(stages.levels) == network.most
     everything, nothing = Box.of(window), Box((0,) * network.dims, (1,) * network.dims)
     assert stages.work(window, everything, ONE_PASS) == stages.inner[0].work * math.prod(window)
     assert stages.work(window, nothing, ONE_PASS) < 0.99 * stages.work(window, everything, ONE_PASS)
@@ -147,11 +149,12 @@ def test_a_part_of_a_window_says_what_the_whole_says(name: str, engine: str, tmp
 def test_a_part_that_shows_too_little_is_found_out(tmp_path: Path) -> None:
     path = export(as_if_trained(plain(2, widths=[7, 9])), tmp_path / "net.onnx", 2)
     whole = OnnxSegmenter(path, 2)
-    cropped = CroppedSegmenter(path, whole, OnnxPart, 2, 2)
-    (level,) = cropped.stages.levels
-    cropped.stages = replace(cropped.stages, levels=(replace(level, up_halo=((0, 0), (0, 0))),))
+    cropped = crop(path, whole, OnnxPart, 2, 2)
+    stages = cropped.cut.stages
+    short = replace(stages.levels[0], up_halo=((0, 0), (0, 0)))
+    cropped.cut = replace(cropped.cut, stages=replace(stages, levels=(short,)))
     with pytest.raises(ModelError, match="other scores where only a part of a window rises"):
-        cropped._prove(path, whole)
+        cropped.prove(path, whole)
 
 
 @pytest.mark.parametrize(("axes", "poolings", "convolutions"), [("yx", 1, 1), ("yx", 3, 2), ("zyx", 2, 1)])

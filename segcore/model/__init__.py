@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,9 +21,15 @@ from segcore.model.segmenter import Part, Segmenter
 from segcore.spec import SAME_SCORES, STREAMS, Engine, Precision, Runner, usable_cores
 from segcore.staging import ONE_PASS, Stages, Staging
 
+if TYPE_CHECKING:
+    from segcore.model.stages import Cut
+
 #: Up to what the scores of two engines differ by rounding alone, relative to the largest of them, of networks that are
 #: not local: squeeze-excite makes 2e-4 of it, and bfloat16 would be some 4e-3 off.
 _SAME = 1e-3
+#: The same of one network in int8 in two ways: what is left out was proved in floats, but a float that is rounded
+#: otherwise may make another integer.
+_SAME_INT8 = 0.02
 #: Sides of the windows on which they are compared, by number of axes; networks with many levels want larger ones.
 _SIDES = {1: (64, 128, 256), 2: (64, 128, 256), 3: (32, 64, 128)}
 _LOG = logging.getLogger(__name__)
@@ -48,12 +55,9 @@ def load_segmenter(
     segmenter: Segmenter
     with _engine(model.card):
         if quantised is not None:
-            segmenter = _load_int8(quantised, threads)
+            segmenter = _load_int8(model, path, quantised, threads)
         elif precision == "bf16":
-            check_precision(model, precision)
-            from segcore.model.openvino import OpenVinoSegmenter
-
-            segmenter = OpenVinoSegmenter(path, threads, precision=precision)
+            segmenter = _load_bf16(model, path, threads, staging)
         elif artifact.format == "onnx":
             segmenter = _load_onnx(model, path, threads, staging, engine)
         elif staging is not None and staging.levels:
@@ -121,11 +125,11 @@ def _in_stages(
     """The segmenter, its large windows in stages, or in part, where that is asked for."""
     if staging is None:
         return segmenter
-    from segcore.model.staged import CroppedSegmenter, StagedSegmenter
+    from segcore.model.staged import StagedSegmenter, crop
 
     if staging == ONE_PASS:
         try:
-            return CroppedSegmenter(path, segmenter, load, threads, len(card.channels))
+            return crop(path, segmenter, load, threads, len(card.channels))
         except ModelError as fault:  # what the plan has saved by it is done after all
             _LOG.info("%s: %s", card.name, fault)
             return segmenter
@@ -171,7 +175,38 @@ def check_precision(model: Model, precision: Precision) -> None:
         )
 
 
-def _load_int8(quantised: Quantised, threads: int) -> Segmenter:
+def cut_of(model: Model, threads: int) -> Cut | None:
+    """The network of a local model, of whose windows a part can rise; None where that cannot be proved.
+
+    What is left out does not depend on how numbers are rounded, so it is tried in float32. Raises CardError.
+    """
+    artifact, path = model.weights()
+    if artifact.format != "onnx" or not model.card.local:
+        return None
+    from segcore.model.openvino import OpenVinoPart, OpenVinoSegmenter
+    from segcore.model.staged import crop
+
+    try:
+        return crop(path, OpenVinoSegmenter(path, threads), OpenVinoPart, threads, len(model.card.channels)).cut
+    except ModelError as fault:
+        _LOG.info("%s: %s", model.card.name, fault)
+        return None
+
+
+def _load_bf16(model: Model, path: Path, threads: int, staging: Staging | None) -> Segmenter:
+    """An ONNX file in bfloat16, its large windows in part where that is asked for."""
+    check_precision(model, "bf16")
+    from segcore.model.openvino import OpenVinoPart, OpenVinoSegmenter
+    from segcore.model.staged import CroppedSegmenter
+
+    plain = OpenVinoSegmenter(path, threads, precision="bf16")
+    if staging != ONE_PASS or (cut := cut_of(model, threads)) is None:
+        return plain
+    return CroppedSegmenter(OpenVinoPart(cut.cropped, threads, floats="bf16"), cut, plain)
+
+
+def _load_int8(model: Model, path: Path, quantised: Quantised, threads: int) -> Segmenter:
+    """A network in int8, of whose windows only what is wanted rises if it was made so."""
     if find_spec("openvino") is None:
         raise ModelError(
             "a worker is to run a network in int8, and OpenVINO is not installed there; run `pip install "
@@ -185,7 +220,20 @@ def _load_int8(quantised: Quantised, threads: int) -> Segmenter:
         raise ModelError(f"{quantised.path}: {error.strerror or error}; run the scene again", retryable=True) from error
     if found != quantised.sha256:
         raise ModelError(f"{quantised.path} is not the network that was proved; remove it and run the scene again")
-    return OpenVinoSegmenter(quantised.path, threads)
+    plain = OpenVinoSegmenter(quantised.path, threads)
+    if plain.network.inputs == 1:
+        return plain
+    from segcore.model.staged import CroppedSegmenter
+    from segcore.model.stages import find_stages
+
+    cut = find_stages(path, len(model.card.channels), threads)
+    if cut is None or plain.network.inputs != 1 + 2 * len(cut.crops):
+        raise ModelError(
+            f"{quantised.path} was made of other parts of {model.card.name}; remove it and run the scene again"
+        )
+    cropped = CroppedSegmenter(plain.network, cut, plain)
+    cropped.prove(quantised.path, cropped, _SAME_INT8)
+    return cropped
 
 
 def open_network(model: Model, threads: int) -> Network:

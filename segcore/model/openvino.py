@@ -61,6 +61,11 @@ class OpenVinoPart:
             self.release()
         return made
 
+    @property
+    def inputs(self) -> int:
+        """How many inputs it takes."""
+        return len(self._compiled.inputs)
+
     def release(self) -> None:
         """Give back all arrays; a request holds what it was given and what came out, too."""
         self._requests.clear()
@@ -109,10 +114,10 @@ class OpenVinoSegmenter:
             if path.suffix == ".zip":
                 with zipfile.ZipFile(path) as archive:
                     model, weights = archive.read("network.xml"), archive.read("network.bin")
-                self._network = OpenVinoPart(model, threads, weights=weights)
+                self.network = OpenVinoPart(model, threads, weights=weights)
             else:
                 floats = "bf16" if precision == "bf16" else "f32"
-                self._network = OpenVinoPart(path.read_bytes(), threads, streams=streams, floats=floats)
+                self.network = OpenVinoPart(path.read_bytes(), threads, streams=streams, floats=floats)
         except (OSError, KeyError, zipfile.BadZipFile, ModelError) as error:
             raise ModelError(f"{path}: {one_line(error)}") from error
         self.device = threading.Lock()
@@ -121,12 +126,12 @@ class OpenVinoSegmenter:
         self.batch = streams
 
     def release(self) -> None:
-        self._network.release()
+        self.network.release()
 
     def __call__(self, batch: Floats, wanted: Box | None = None) -> Floats:
         if self.batch == 1:
-            return self._network([batch])
-        return np.concatenate(self._network.run_all([[window[None]] for window in batch]))
+            return self.network([batch])
+        return np.concatenate(self.network.run_all([[window[None]] for window in batch]))
 
 
 def _reason(error: Exception) -> str:

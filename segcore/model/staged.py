@@ -6,16 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from segcore.box import Box
 from segcore.errors import ModelError
 from segcore.machine import release_memory
 from segcore.model.probe import ROUNDING, first_taken
 from segcore.model.segmenter import Floats, Part, Segmenter
-from segcore.model.stages import find_stages
+from segcore.model.stages import Cut, find_stages
 from segcore.spec import times
-from segcore.staging import Staging, chunks, inside, rising
+from segcore.staging import Staging, chunks, inside
 
 #: What sides of a small window must be multiples of, for most networks and for those that halve it six times or seven.
 _CELLS = (32, 64, 128)
@@ -147,34 +146,19 @@ class StagedSegmenter:
 class CroppedSegmenter:
     """An ONNX file, of whose windows only what is wanted rises (`segcore.staging`).
 
-    When made, it is run on noise and compared with `plain`, which is not kept. Raises ModelError where these differ,
-    and where that cannot be.
+    `network`: what `Cut.cropped` holds, in whatever numbers; `plain`: the same network without it, whose device it
+    shares, and which is not kept.
     """
 
-    def __init__(self, path: Path, plain: Segmenter, load: LoadPart, threads: int, channels: int) -> None:
+    def __init__(self, network: Part, cut: Cut, plain: Segmenter) -> None:
         self.device, self.engine, self.batch = plain.device, plain.engine, plain.batch
-        cut = find_stages(path, channels, threads)
-        if cut is None or not cut.crops:
-            raise ModelError(f"{path} cannot be run in part; run all of it")
-        self.stages, self._crops = cut.stages, cut.crops
-        self._network = load(cut.cropped, threads, False)
-        self._prove(path, plain)
+        self.cut, self._network = cut, network
 
     def __call__(self, batch: Floats, wanted: Box | None = None) -> Floats:
         window = batch.shape[2:]
-        levels = self.stages.levels
-        rises = [box for _, box in rising(window, Box.of(window) if wanted is None else wanted, levels)]
-        # What has risen to a level begins where it was cropped further inside; within all of that, at its beginning.
-        origins = [box.fine(level.factor).start for box, level in zip(rises[1:], levels[1:], strict=True)]
-        ends = list[NDArray[np.int64]]()
-        for crop in self._crops:
-            box = rises[crop.level]
-            if crop.risen and crop.level < len(origins):
-                box = box.shift([-a for a in origins[crop.level]])
-            ends += [np.array(end, np.int64) * crop.ratio for end in (box.start, box.stop)]
+        risen, ends = self.cut.cropping(window, Box.of(window) if wanted is None else wanted)
         # What is not wanted is not touched, and so takes no memory.
-        scores = np.empty((len(batch), self.stages.scores, *window), np.float32)
-        risen = rises[0].fine(levels[0].factor)
+        scores = np.empty((len(batch), self.cut.stages.scores, *window), np.float32)
         for image, out in zip(batch, scores, strict=True):
             out[(None, slice(None), *risen.slices())] = self._network([image[None], *ends])
         return scores
@@ -182,23 +166,39 @@ class CroppedSegmenter:
     def release(self) -> None:
         self._network.release()
 
-    def _prove(self, path: Path, plain: Segmenter) -> None:
-        """Compare a box in the middle of noise with the same in one pass over all of it."""
-        others = len(self._crops[0].ratio) - 1
+    def prove(self, what: object, plain: Segmenter, rounding: float = ROUNDING["CPU"]) -> None:
+        """Compare a box in the middle of noise with the same in one pass over all of it.
+
+        Raises ModelError where they differ by more than rounding makes, relative to the largest score.
+        """
+        others = len(self.cut.crops[0].ratio) - 1
         try:
             image, expected = first_taken(
-                plain, ((1, self.stages.channels, 3 * cell, *[2 * cell] * others) for cell in _CELLS)
+                plain, ((1, self.cut.stages.channels, 3 * cell, *[2 * cell] * others) for cell in _CELLS)
             )
         except ModelError as error:
-            raise ModelError(f"{path} cannot be tried in part: {error}") from error
+            raise ModelError(f"{what} cannot be tried in part: {error}") from error
         shape = image.shape[2:]
         box = Box(tuple(3 * n // 8 + 1 for n in shape), tuple(5 * n // 8 for n in shape))
         error_size = _error(expected, self(image, box), box)
-        if error_size > ROUNDING["CPU"]:
+        if not error_size <= rounding:
             raise ModelError(
-                f"{path} gives other scores where only a part of a window rises, by {error_size:.2g} of their size in "
+                f"{what} gives other scores where only a part of a window rises, by {error_size:.2g} of their size in "
                 f"{times(shape)} pixels; run all of it"
             )
+
+
+def crop(path: Path, plain: Segmenter, load: LoadPart, threads: int, channels: int) -> CroppedSegmenter:
+    """An ONNX file, of whose windows only what is wanted rises; proved on noise.
+
+    `plain`: the same in one pass. Raises ModelError where these differ, and where that cannot be.
+    """
+    cut = find_stages(path, channels, threads)
+    if cut is None or not cut.crops:
+        raise ModelError(f"{path} cannot be run in part; run all of it")
+    cropped = CroppedSegmenter(load(cut.cropped, threads, False), cut, plain)
+    cropped.prove(path, plain)
+    return cropped
 
 
 def _error(expected: Floats, found: Floats, box: Box) -> float:

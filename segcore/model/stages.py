@@ -21,6 +21,7 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
+from segcore.box import Box
 from segcore.errors import ModelError, SegcoreError, one_line
 from segcore.model.graph import OnnxGraph, flow_of, multiplications, needed, reads
 from segcore.model.marking import (
@@ -36,8 +37,9 @@ from segcore.model.marking import (
     named,
 )
 from segcore.model.onnx import session_options
+from segcore.model.segmenter import Integers
 from segcore.spec import Sides
-from segcore.staging import Level, Part, Stages
+from segcore.staging import Level, Part, Stages, rising
 
 #: Sides at which shapes are inferred: multiples of any usual stride, and all different.
 _SIDES = (1024, 1280, 1536)
@@ -92,6 +94,20 @@ class Cut:
     inner: tuple[bytes, ...]
     cropped: bytes
     crops: tuple[Crop, ...]
+
+    def cropping(self, window: tuple[int, ...], wanted: Box) -> tuple[Box, list[Integers]]:
+        """What rises of a window where a box of it is wanted, and what `cropped` takes beside the image for that."""
+        levels = self.stages.levels
+        rises = [box for _, box in rising(window, wanted, levels)]
+        # What has risen to a level begins where it was cropped further inside; within all of that, at its beginning.
+        origins = [box.fine(level.factor).start for box, level in zip(rises[1:], levels[1:], strict=True)]
+        ends = list[Integers]()
+        for crop in self.crops:
+            box = rises[crop.level]
+            if crop.risen and crop.level < len(origins):
+                box = box.shift([-a for a in origins[crop.level]])
+            ends += [np.array(end, np.int64) * crop.ratio for end in (box.start, box.stop)]
+        return rises[0].fine(levels[0].factor), ends
 
 
 def find_stages(path: Path, channels: int, threads: int = 2) -> Cut | None:
