@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import zipfile
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,12 +17,15 @@ import pytest
 import rasterio
 
 from segcore import model as engines
+from segcore.box import Box
 from segcore.errors import ModelError, PlanError
 from segcore.execute import Workers
 from segcore.io import product_name
-from segcore.model import load_segmenter
+from segcore.model import cut_of, load_segmenter
 from segcore.model.card import load_card
+from segcore.model.probe import noise
 from segcore.model.quantise import Quantised, find_quantised, keep_quantised, quantise
+from segcore.model.staged import CroppedSegmenter
 from segcore.precision import Proof
 from segcore.scene import check_seams, segment_scene, survey
 from segcore.spec import Job, Settings
@@ -274,3 +278,35 @@ def test_kept_beside_the_model_and_known_by_its_digest(
     with pytest.raises(ModelError, match="mine cannot be quantised by NNCF"):
         quantise("mine", b"damaged", [[batch]], tmp_path / "never.zip")
     assert "nncf" not in sys.modules, "it stays in its own process"
+
+
+@needs_openvino
+def test_only_what_is_wanted_rises(windowed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a window in int8, too; and what is transposed runs in integers, which OpenVINO only does around zero."""
+    model, size, wanted = load_card(str(windowed)), (192, 224), Box((81, 96), (110, 130))
+    cut, image = cut_of(model, 2), noise((1, 3, *size))
+    assert cut is not None
+    path = tmp_path / "made.zip"
+    sha256 = quantise("windowed", cut.cropped, [[image, *cut.cropping(size, Box.of(size))[1]]], path)
+    made = load_segmenter(model, 2, quantised=Quantised(path, sha256, "here"))
+    assert isinstance(made, CroppedSegmenter)
+    at = (slice(None), slice(None), *wanted.slices())
+    whole, part = made(image), made(image, wanted)
+    assert np.abs(part[at] - whole[at]).max() <= 1e-5 * np.abs(whole).max()
+    assert np.abs(whole - load_segmenter(model, 2)(image)).max() < 0.2 * np.abs(whole).max()
+
+    with zipfile.ZipFile(path) as archive:
+        core, files = openvino.Core(), [archive.read(f"network.{kind}") for kind in ("xml", "bin")]
+    network = core.read_model(files[0], openvino.Tensor(np.frombuffer(files[1], np.uint8).copy()))
+    risers = [node for node in network.get_ops() if node.get_type_name() == "ConvolutionBackpropData"]
+    assert len(risers) == 4
+    for node in risers:
+        rounded = node.input(0).get_source_output().get_node()
+        while rounded.get_type_name() == "StridedSlice":
+            rounded = rounded.input(0).get_source_output().get_node()
+        low, high = (rounded.input(i).get_source_output().get_node().data for i in (1, 2))
+        assert (low >= 0).all() or np.allclose(high, -low * 127 / 128)
+
+    monkeypatch.setattr("segcore.model.stages.find_stages", lambda *_: None)
+    with pytest.raises(ModelError, match="made of other parts"):
+        load_segmenter(model, 2, quantised=Quantised(path, sha256, "here"))

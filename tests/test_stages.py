@@ -25,6 +25,7 @@ from torch import nn
 
 from segcore.box import Box
 from segcore.errors import ModelError, PlanError
+from segcore.grid import Grid
 from segcore.model import load_segmenter
 from segcore.model.card import load_card
 from segcore.model.onnx import OnnxPart, OnnxSegmenter
@@ -33,6 +34,8 @@ from segcore.model.probe import noise
 from segcore.model.staged import CroppedSegmenter, StagedSegmenter, crop
 from segcore.model.stages import find_stages
 from segcore.model.unet import UNet
+from segcore.plan import make_plan
+from segcore.spec import Cost, Sight, symmetric
 from segcore.staging import ONE_PASS, Level, Part, Stages, Staging, chunks, spans
 
 
@@ -245,6 +248,18 @@ def test_what_stages_cost_grows_with_what_is_done(n: int, more: int, chunk: int,
     part = Box((n, n), (2 * n, 2 * n))
     assert STAGES.memory(small, part, staging) <= STAGES.memory(small, Box.of(small), staging)
     assert STAGES.work(small, part, staging) <= STAGES.work(small, Box.of(small), staging)
+
+
+@pytest.mark.parametrize("memory", [700 * 2**20, 3 * 2**30])
+def test_chunks_are_planned_only_where_they_can_be_run(memory: int) -> None:
+    grid, sight = Grid("yx", (8000, 8000)), Sight((16, 16), symmetric((92, 92)))
+    cost = Cost(4, 3, 640, "openvino")
+    free = make_plan(grid, grid.shape, sight, cost, memory, stages=STAGES)
+    bound = make_plan(grid, grid.shape, sight, cost, memory, stages=STAGES, in_chunks=False)
+    assert bound.staging in (None, ONE_PASS)
+    assert free.memory <= memory
+    assert bound.memory <= memory
+    assert free.effort("openvino") <= bound.effort("openvino")
 
 
 def test_choices_can_be_told_apart() -> None:

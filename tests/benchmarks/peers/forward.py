@@ -1,4 +1,4 @@
-"""One forward pass of the engine that segflow takes, as it sets it up, over noise: the median of three, and the first."""
+"""Forward passes of the engine that segflow takes, as it sets it up, over noise: the median of three, and the first."""
 
 from __future__ import annotations
 
