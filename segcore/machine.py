@@ -52,9 +52,9 @@ def keep_heap_small() -> None:
     """From now on, this process gives memory back when it is freed, and not when there is much of it.
 
     By itself glibc raises both limits as it sees arrays, to 32 and 64 MiB, and keeps as much for the next of their
-    size. What the environment says of that is left as it is: dask has its workers give back everything.
+    size. What the environment says is left as it is: dask has its workers give back everything.
     """
-    if "_threshold" in os.environ.get("GLIBC_TUNABLES", "") or any(name.startswith("MALLOC_") for name in os.environ):
+    if "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ):
         return
     with contextlib.suppress(AttributeError, OSError):  # a C library other than glibc
         library = ctypes.CDLL(None)
