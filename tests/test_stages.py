@@ -140,7 +140,7 @@ def test_stages_say_what_one_pass_says(name: str, engine: str, tmp_path: Path) -
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_part_of_a_window_says_what_the_whole_says(name: str, engine: str, tmp_path: Path) -> None:
     network = Exported(name, engine, tmp_path)
-    cropped = crop(network.path, network.whole, network.load_part, 2, 2)
+    cropped, _ = crop(network.path, network.whole, network.load_part, 2, 2)
     network.check(cropped)
     stages, window = cropped.cut.stages, network.window
     assert len(stages.levels) == network.most
@@ -152,7 +152,7 @@ def test_a_part_of_a_window_says_what_the_whole_says(name: str, engine: str, tmp
 def test_a_part_that_shows_too_little_is_found_out(tmp_path: Path) -> None:
     path = export(as_if_trained(plain(2, widths=[7, 9])), tmp_path / "net.onnx", 2)
     whole = OnnxSegmenter(path, 2)
-    cropped = crop(path, whole, OnnxPart, 2, 2)
+    cropped, _ = crop(path, whole, OnnxPart, 2, 2)
     stages = cropped.cut.stages
     short = replace(stages.levels[0], up_halo=((0, 0), (0, 0)))
     cropped.cut = replace(cropped.cut, stages=replace(stages, levels=(short,)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -129,7 +130,7 @@ def _in_stages(
 
     if staging == ONE_PASS:
         try:
-            return crop(path, segmenter, load, threads, len(card.channels))
+            return crop(path, segmenter, load, threads, len(card.channels))[0]
         except ModelError as fault:  # what the plan has saved by it is done after all
             _LOG.info("%s: %s", card.name, fault)
             return segmenter
@@ -176,7 +177,7 @@ def check_precision(model: Model, precision: Precision) -> None:
 
 
 def cut_of(model: Model, threads: int) -> Cut | None:
-    """The network of a local model, of whose windows a part can rise; None where that cannot be proved.
+    """Where the network of a local model is cropped, and that graph; None where that cannot be proved.
 
     What is left out does not depend on how numbers are rounded, so it is tried in float32. Raises CardError.
     """
@@ -187,7 +188,9 @@ def cut_of(model: Model, threads: int) -> Cut | None:
     from segcore.model.staged import crop
 
     try:
-        return crop(path, OpenVinoSegmenter(path, threads), OpenVinoPart, threads, len(model.card.channels)).cut
+        plain = OpenVinoSegmenter(path, threads)
+        cropped, graph = crop(path, plain, OpenVinoPart, threads, len(model.card.channels))
+        return replace(cropped.cut, cropped=graph)
     except ModelError as fault:
         _LOG.info("%s: %s", model.card.name, fault)
         return None

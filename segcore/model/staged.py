@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -152,7 +153,8 @@ class CroppedSegmenter:
 
     def __init__(self, network: Part, cut: Cut, plain: Segmenter) -> None:
         self.device, self.engine, self.batch = plain.device, plain.engine, plain.batch
-        self.cut, self._network = cut, network
+        # Where to crop: the parts, each of which has weights, are not run.
+        self.cut, self._network = replace(cut, down=(), up=(), inner=(), cropped=b""), network
 
     def __call__(self, batch: Floats, wanted: Box | None = None) -> Floats:
         window = batch.shape[2:]
@@ -188,8 +190,8 @@ class CroppedSegmenter:
             )
 
 
-def crop(path: Path, plain: Segmenter, load: LoadPart, threads: int, channels: int) -> CroppedSegmenter:
-    """An ONNX file, of whose windows only what is wanted rises; proved on noise.
+def crop(path: Path, plain: Segmenter, load: LoadPart, threads: int, channels: int) -> tuple[CroppedSegmenter, bytes]:
+    """An ONNX file, of whose windows only what is wanted rises; proved on noise. And its graph, as ONNX.
 
     `plain`: the same in one pass. Raises ModelError where these differ, and where that cannot be.
     """
@@ -198,7 +200,7 @@ def crop(path: Path, plain: Segmenter, load: LoadPart, threads: int, channels: i
         raise ModelError(f"{path} cannot be run in part; run all of it")
     cropped = CroppedSegmenter(load(cut.cropped, threads, False), cut, plain)
     cropped.prove(path, plain)
-    return cropped
+    return cropped, cut.cropped
 
 
 def _error(expected: Floats, found: Floats, box: Box) -> float:
