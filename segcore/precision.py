@@ -22,7 +22,7 @@ from segcore.io.source import Floats
 from segcore.model import cut_of, load_segmenter
 from segcore.model.card import Model
 from segcore.model.quantise import Quantised, quantise
-from segcore.model.segmenter import Segmenter
+from segcore.model.segmenter import Integers, Segmenter
 from segcore.plan import Plan, Tile
 from segcore.spec import Precision, usable_cores
 from segcore.tile import Labeller
@@ -118,11 +118,15 @@ def prove_int8(labeller: Labeller, model: Model, path: Path, kept: Quantised | N
 
 def _quantised(model: Model, shown: list[Floats], path: Path, calibration: str) -> Quantised:
     """A network in int8, made in the file `path` from what was shown; a part of its windows can rise if that may be."""
-    artifact, weights = model.weights()
+    _, weights = model.weights()
     cut = cut_of(model, usable_cores())
     network = cut.cropped if cut else weights.read_bytes()
-    batches = [[batch, *(cut.cropping(size := batch.shape[2:], Box.of(size))[1] if cut else ())] for batch in shown]
-    return Quantised(path, quantise(artifact.path, network, batches, path), calibration)
+
+    def inputs(batch: Floats) -> list[Floats | Integers]:
+        window = batch.shape[2:]
+        return [batch, *(cut.cropping(window, Box.of(window))[1] if cut else ())]
+
+    return Quantised(path, quantise(str(weights), network, list(map(inputs, shown)), path), calibration)
 
 
 def _looked_at(labeller: Labeller, precision: Precision) -> tuple[Labeller, tuple[list[Tile], list[Tile]]]:

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import zipfile
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +19,7 @@ import rasterio
 
 from segcore import model as engines
 from segcore.box import Box
-from segcore.errors import ModelError, PlanError
+from segcore.errors import MemoryShortageError, ModelError, PlanError
 from segcore.execute import Workers
 from segcore.io import product_name
 from segcore.model import cut_of, load_segmenter
@@ -29,8 +30,12 @@ from segcore.model.staged import CroppedSegmenter
 from segcore.precision import Proof
 from segcore.scene import check_seams, segment_scene, survey
 from segcore.spec import Job, Settings
+from segcore.staging import ONE_PASS
 
 needs_openvino = pytest.mark.skipif(not (find_spec("openvino") and find_spec("nncf")), reason="needs the extra `int8`")
+needs_bf16 = pytest.mark.skipif(
+    "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"), reason="needs a CPU with bfloat16"
+)
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +124,7 @@ def test_bf16_is_refused_where_nothing_runs_it(
         survey(job(river, windowed, tmp_path, precision="bf16"))
 
 
-@pytest.mark.skipif(
-    "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"), reason="needs a CPU with bfloat16"
-)
+@needs_bf16
 def test_bf16_end_to_end(river: Path, windowed: Path, tmp_path: Path, workers: Workers) -> None:
     """Proved, and tiled alike; nothing is kept of it."""
     segment_scene(job(river, windowed, tmp_path / "fp32", precision="fp32"), workers)
@@ -280,6 +283,41 @@ def test_kept_beside_the_model_and_known_by_its_digest(
     assert "nncf" not in sys.modules, "it stays in its own process"
 
 
+@needs_bf16
+def test_only_what_is_wanted_rises_in_bf16(windowed: Path) -> None:
+    model, image, wanted = load_card(str(windowed)), noise((1, 3, 192, 224)), Box((81, 96), (110, 130))
+    plain, cropped = (load_segmenter(model, 2, staging, precision="bf16") for staging in (None, ONE_PASS))
+    assert isinstance(cropped, CroppedSegmenter)
+    at = (slice(None), slice(None), *wanted.slices())
+    assert (cropped(image) == plain(image)).all()
+    assert (cropped(image, wanted)[at] == plain(image)[at]).all()
+
+
+@needs_openvino
+def test_a_network_that_cannot_be_cropped_is_made_all_the_same(
+    windowed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, image = load_card(str(windowed)), noise((1, 3, 96, 64))
+    with monkeypatch.context() as changed:
+        changed.setattr(CroppedSegmenter, "prove", raising(ModelError("other scores")))
+        assert cut_of(model, 2) is None
+        changed.setattr(CroppedSegmenter, "prove", raising(MemoryShortageError("no memory")))
+        with pytest.raises(MemoryShortageError):  # else it would be kept uncropped
+            cut_of(model, 2)
+    path = tmp_path / "made.zip"
+    sha256 = quantise("windowed", model.weights()[1].read_bytes(), [[image]], path)
+    made = load_segmenter(model, 2, quantised=Quantised(path, sha256, "here"))
+    assert not isinstance(made, CroppedSegmenter)
+    assert made(image).shape == (1, 3, 96, 64)
+
+
+def raising(error: Exception) -> Callable[..., None]:
+    def fail(*_: object) -> None:
+        raise error
+
+    return fail
+
+
 @needs_openvino
 def test_only_what_is_wanted_rises(windowed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a window in int8, too; and what is transposed runs in integers, which OpenVINO only does around zero."""
@@ -292,7 +330,8 @@ def test_only_what_is_wanted_rises(windowed: Path, tmp_path: Path, monkeypatch: 
     assert isinstance(made, CroppedSegmenter)
     at = (slice(None), slice(None), *wanted.slices())
     whole, part = made(image), made(image, wanted)
-    assert np.abs(part[at] - whole[at]).max() <= 1e-5 * np.abs(whole).max()
+    assert (part[at] == whole[at]).all()
+    assert part.shape == whole.shape
     assert np.abs(whole - load_segmenter(model, 2)(image)).max() < 0.2 * np.abs(whole).max()
 
     with zipfile.ZipFile(path) as archive:
@@ -307,6 +346,10 @@ def test_only_what_is_wanted_rises(windowed: Path, tmp_path: Path, monkeypatch: 
         low, high = (rounded.input(i).get_source_output().get_node().data for i in (1, 2))
         assert (low >= 0).all() or np.allclose(high, -low * 127 / 128)
 
+    with monkeypatch.context() as changed:  # where it cannot be proved all of a window rises
+        changed.setattr(engines, "_SAME_INT8", -1.0)
+        unproved = load_segmenter(model, 2, quantised=Quantised(path, sha256, "here"))
+        assert (unproved(image, wanted) == whole).all()
     monkeypatch.setattr("segcore.model.stages.find_stages", lambda *_: None)
     with pytest.raises(ModelError, match="made of other parts"):
         load_segmenter(model, 2, quantised=Quantised(path, sha256, "here"))

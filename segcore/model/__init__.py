@@ -6,13 +6,14 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from segcore.errors import ModelError
+from segcore.errors import MemoryShortageError, ModelError
 from segcore.files import sha256_of
 from segcore.machine import release_memory
 from segcore.model.card import Card, Model
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 #: not local: squeeze-excite makes 2e-4 of it, and bfloat16 would be some 4e-3 off.
 _SAME = 1e-3
 #: The same of one network in int8 in two ways: what is left out was proved in floats, but a float that is rounded
-#: otherwise may make another integer.
+#: otherwise may make another integer (none was seen).
 _SAME_INT8 = 0.02
 #: Sides of the windows on which they are compared, by number of axes; networks with many levels want larger ones.
 _SIDES = {1: (64, 128, 256), 2: (64, 128, 256), 3: (32, 64, 128)}
@@ -130,7 +131,9 @@ def _in_stages(
 
     if staging == ONE_PASS:
         try:
-            return crop(path, segmenter, load, threads, len(card.channels))[0]
+            return crop(path, segmenter, load, threads, len(card.channels))
+        except MemoryShortageError:
+            raise
         except ModelError as fault:  # what the plan has saved by it is done after all
             _LOG.info("%s: %s", card.name, fault)
             return segmenter
@@ -177,20 +180,28 @@ def check_precision(model: Model, precision: Precision) -> None:
 
 
 def cut_of(model: Model, threads: int) -> Cut | None:
-    """Where the network of a local model is cropped, and that graph; None where that cannot be proved.
+    """Where the network of a local model is cropped, and that graph; None where that cannot be, or is not proved.
 
-    What is left out does not depend on how numbers are rounded, so it is tried in float32. Raises CardError.
+    Proved in float32, as what is left out does not depend on how numbers are rounded. Raises CardError, and
+    MemoryShortageError: what is made of it must not depend on memory.
     """
     artifact, path = model.weights()
     if artifact.format != "onnx" or not model.card.local:
         return None
     from segcore.model.openvino import OpenVinoPart, OpenVinoSegmenter
-    from segcore.model.staged import crop
+    from segcore.model.staged import CroppedSegmenter
+    from segcore.model.stages import find_stages
 
+    cut = find_stages(path, len(model.card.channels), threads)
+    if cut is None or not cut.crops:
+        return None
+    cut = replace(cut, down=(), up=(), inner=())  # each of them has weights
     try:
         plain = OpenVinoSegmenter(path, threads)
-        cropped, graph = crop(path, plain, OpenVinoPart, threads, len(model.card.channels))
-        return replace(cropped.cut, cropped=graph)
+        CroppedSegmenter(OpenVinoPart(cut.cropped, threads), cut, plain).prove(path, plain)
+        return cut
+    except MemoryShortageError:
+        raise
     except ModelError as fault:
         _LOG.info("%s: %s", model.card.name, fault)
         return None
@@ -200,12 +211,10 @@ def _load_bf16(model: Model, path: Path, threads: int, staging: Staging | None) 
     """An ONNX file in bfloat16, its large windows in part where that is asked for."""
     check_precision(model, "bf16")
     from segcore.model.openvino import OpenVinoPart, OpenVinoSegmenter
-    from segcore.model.staged import CroppedSegmenter
 
     plain = OpenVinoSegmenter(path, threads, precision="bf16")
-    if staging != ONE_PASS or (cut := cut_of(model, threads)) is None:
-        return plain
-    return CroppedSegmenter(OpenVinoPart(cut.cropped, threads, floats="bf16"), cut, plain)
+    load = partial(OpenVinoPart, floats="bf16")
+    return _in_stages(model.card, path, plain, load, threads, staging)
 
 
 def _load_int8(model: Model, path: Path, quantised: Quantised, threads: int) -> Segmenter:
@@ -232,10 +241,17 @@ def _load_int8(model: Model, path: Path, quantised: Quantised, threads: int) -> 
     cut = find_stages(path, len(model.card.channels), threads)
     if cut is None or plain.network.inputs != 1 + 2 * len(cut.crops):
         raise ModelError(
-            f"{quantised.path} was made of other parts of {model.card.name}; remove it and run the scene again"
+            f"{quantised.path} was made of other parts of {model.card.name} than are found here; install the same "
+            f"versions of onnx and onnxruntime on every worker, or remove that file's folder, and run the scene again"
         )
     cropped = CroppedSegmenter(plain.network, cut, plain)
-    cropped.prove(quantised.path, cropped, _SAME_INT8)
+    try:
+        cropped.prove(quantised.path, cropped, _SAME_INT8)  # a part of a window against the same in all of it
+    except MemoryShortageError:
+        raise
+    except ModelError as fault:
+        _LOG.info("%s: %s", model.card.name, fault)
+        cropped.in_part = False
     return cropped
 
 

@@ -148,8 +148,10 @@ class CroppedSegmenter:
     """An ONNX file, of whose windows only what is wanted rises (`segcore.staging`).
 
     `network`: what `Cut.cropped` holds, in whatever numbers; `plain`: the same network without it, whose device it
-    shares, and which is not kept.
+    shares, and which is not kept. Unless it is `in_part`, all of a window rises.
     """
+
+    in_part = True
 
     def __init__(self, network: Part, cut: Cut, plain: Segmenter) -> None:
         self.device, self.engine, self.batch = plain.device, plain.engine, plain.batch
@@ -158,7 +160,9 @@ class CroppedSegmenter:
 
     def __call__(self, batch: Floats, wanted: Box | None = None) -> Floats:
         window = batch.shape[2:]
-        risen, ends = self.cut.cropping(window, Box.of(window) if wanted is None else wanted)
+        risen, ends = self.cut.cropping(window, wanted if wanted and self.in_part else Box.of(window))
+        if len(batch) == 1 and risen == Box.of(window):
+            return self._network([batch, *ends])
         # What is not wanted is not touched, and so takes no memory.
         scores = np.empty((len(batch), self.cut.stages.scores, *window), np.float32)
         for image, out in zip(batch, scores, strict=True):
@@ -190,8 +194,8 @@ class CroppedSegmenter:
             )
 
 
-def crop(path: Path, plain: Segmenter, load: LoadPart, threads: int, channels: int) -> tuple[CroppedSegmenter, bytes]:
-    """An ONNX file, of whose windows only what is wanted rises; proved on noise. And its graph, as ONNX.
+def crop(path: Path, plain: Segmenter, load: LoadPart, threads: int, channels: int) -> CroppedSegmenter:
+    """An ONNX file, of whose windows only what is wanted rises; proved on noise.
 
     `plain`: the same in one pass. Raises ModelError where these differ, and where that cannot be.
     """
@@ -200,7 +204,7 @@ def crop(path: Path, plain: Segmenter, load: LoadPart, threads: int, channels: i
         raise ModelError(f"{path} cannot be run in part; run all of it")
     cropped = CroppedSegmenter(load(cut.cropped, threads, False), cut, plain)
     cropped.prove(path, plain)
-    return cropped, cut.cropped
+    return cropped
 
 
 def _error(expected: Floats, found: Floats, box: Box) -> float:
