@@ -179,5 +179,5 @@ def test_a_batch_that_fails_leaves_the_engine_usable(local: Model) -> None:
     segmenter = OpenVinoSegmenter(local.weights()[1], 2, 2)
     good = noise((1, 1, 256, 256))
     with pytest.raises(ModelError, match="OpenVINO failed on a batch"):
-        segmenter._network.run_all([[good], [noise((1, 3, 64, 64))]])
+        segmenter.network.run_all([[good], [noise((1, 3, 64, 64))]])
     assert segmenter(good).shape == (1, 3, 256, 256)
