@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import time
 
+from segcore.errors import ModelError
 from segcore.model import load_segmenter
 from segcore.model.probe import noise
+from segcore.model.quantise import find_quantised
 from segcore.spec import usable_cores
 from segcore.speed import Speed, remember
 from segcore.survey import Prospect
@@ -17,13 +19,19 @@ _SIDE = {1: 4096, 2: 512, 3: 64}
 
 
 def calibrate(prospect: Prospect) -> Speed:
-    """Run the network of a scene on noise, and remember its speed.
+    """Run the network of a scene on noise, in the numbers that are wanted, and remember its speed.
 
     What else a scene takes (reading, writing) is left as the last run found it, 0 where there was none. Raises
-    CardError, ModelError.
+    CardError, and ModelError, too where it is wanted in int8 and no run has made that yet.
     """
-    card, sight = prospect.model.card, prospect.plan.sight
-    segmenter = load_segmenter(prospect.model, usable_cores(), engine=prospect.engine)
+    card, sight, precision = prospect.model.card, prospect.plan.sight, prospect.job.settings.precision
+    quantised = find_quantised(prospect.model) if precision == "int8" else None
+    if precision == "int8" and quantised is None:
+        raise ModelError(
+            f"{card.name} cannot be measured in int8 before a run with --precision int8 has made that of it; leave "
+            f"--calibrate out"
+        )
+    segmenter = load_segmenter(prospect.model, usable_cores(), None, quantised, prospect.engine, precision)
     side = _SIDE[len(sight.stride)]
     shape = sight.window or tuple(max(1, side // s) * s for s in sight.stride)
     batch = noise((segmenter.batch, len(card.channels), *shape))

@@ -474,7 +474,7 @@ def _with_memory(plan: Plan, cost: Cost, stages: Stages | None, staging: Staging
     if stages is not None and staging is not None:
         wanted = target.shift([-start for start in window.start])
         if staging.levels:
-            engine = stages.memory(window.shape, wanted, staging, cost.runner)
+            engine = stages.memory(window.shape, wanted, staging, cost.runner, cost.shortness)
         relative = stages.work(window.shape, wanted, staging) / (stages.inner[0].work * window.size)
     # Weights as the file has them, as the engine does, and as it has packed them.
     process = PROCESS_BYTES + RUNNER_BYTES[cost.runner] + 3 * cost.weights

@@ -143,7 +143,7 @@ class Cost:
     """What one pixel costs the planner. Bytes are those that windows hold while they are inferred, per input pixel.
 
     `runner`: what the network is run in; `weights`: bytes of its file; `proof_bytes_per_pixel`: held while shorter
-    numbers are compared with fp32.
+    numbers are compared with fp32; `shortness`: what its arrays take of the same in float32.
     """
 
     channels: int
@@ -152,6 +152,7 @@ class Cost:
     runner: Runner = "onnxruntime"
     weights: int = 0
     proof_bytes_per_pixel: float = 0.0
+    shortness: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

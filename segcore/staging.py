@@ -193,13 +193,24 @@ class Stages:
             shape = coarse(shape, level.factor)
         return staging.levels
 
-    def memory(self, window: tuple[int, ...], wanted: Box, staging: Staging, runner: Runner = "onnxruntime") -> int:
-        """Bytes that the engine holds at its peak beside the window itself, for one window of which a box is wanted."""
+    def memory(
+        self,
+        window: tuple[int, ...],
+        wanted: Box,
+        staging: Staging,
+        runner: Runner = "onnxruntime",
+        shortness: float = 1.0,
+    ) -> int:
+        """Bytes that the engine holds at its peak beside the window itself, for one window of which a box is wanted.
+
+        `shortness`: what arrays take inside of it, relative to float32, in which parts give them to one another.
+        """
         depth = self.depth(window, staging)
         if depth == 0:
-            return int(_ONE_PASS * (self.inner[0].bytes - _VALUE * self.channels) * prod(window))
+            return int(shortness * _ONE_PASS * (self.inner[0].bytes - _VALUE * self.channels) * prod(window))
         # Pages of the scores that are outside of what is wanted are never touched.
-        return int(_WORKING[runner] * max(held for held, _ in self._steps(window, wanted, staging, depth, runner)))
+        steps = self._steps(window, wanted, staging, depth, _ARENA[runner], shortness)
+        return int(_WORKING[runner] * max(held for held, _ in steps))
 
     def work(self, window: tuple[int, ...], wanted: Box, staging: Staging) -> float:
         """Multiply-adds of one window of which a box is wanted."""
@@ -213,7 +224,7 @@ class Stages:
             return self.inner[0].work * prod(window) - sum(left_out)
         if depth == 0:
             return self.inner[0].work * prod(window)
-        return sum(work for _, work in self._steps(window, wanted, staging, depth, "onnxruntime"))
+        return sum(work for _, work in self._steps(window, wanted, staging, depth))
 
     def choices(self, window: tuple[int, ...]) -> Iterator[Staging]:
         """Stagings worth a look for a window of this shape, the one pass first; see `memory` and `work`."""
@@ -230,22 +241,27 @@ class Stages:
                     yield staging
 
     def _steps(
-        self, window: tuple[int, ...], wanted: Box, staging: Staging, depth: int, runner: Runner
+        self,
+        window: tuple[int, ...],
+        wanted: Box,
+        staging: Staging,
+        depth: int,
+        arena: float = 1.0,
+        shortness: float = 1.0,
     ) -> Iterator[tuple[float, float]]:
         """Bytes held and multiply-adds of every step, in order: down, down, ..., inner, up, up, ..."""
-        arena = _ARENA[runner]
         shapes, boxes, kept = [window], [wanted], [0.0]
         for level in self.levels[:depth]:
             shape = shapes[-1]
             found = chunks(shape, Box.of(shape), level.down_halo, level.factor, staging.chunk)
             size = found[0].read.size
             kept.append(kept[-1] + _VALUE * level.pooled * prod(coarse(shape, level.factor)))
-            yield kept[-1] + arena * level.down.bytes * size, level.down.work * size * len(found)
+            yield kept[-1] + shortness * arena * level.down.bytes * size, level.down.work * size * len(found)
             shapes.append(coarse(shape, level.factor))
             boxes.append(inside(boxes[-1], shape, level))
         inner = self.inner[depth]
         # The input of the inner part is kept already, and counted in `bytes` as well.
-        own = prod(shapes[-1]) * (inner.bytes - _VALUE * self.levels[depth - 1].pooled)
+        own = shortness * prod(shapes[-1]) * (inner.bytes - _VALUE * self.levels[depth - 1].pooled)
         yield kept[-1] + own, inner.work * prod(shapes[-1])
         # What comes out of the inner part is whole, even if only a box of it is wanted.
         risen = _VALUE * self.levels[depth - 1].risen * prod(shapes[-1])
@@ -254,7 +270,7 @@ class Stages:
             found = chunks(shape, boxes[i], level.up_halo, level.factor, staging.chunk)
             size = found[0].read.size
             above = _VALUE * (self.levels[i - 1].risen if i else self.scores) * boxes[i].size
-            yield kept[i] + risen + above + arena * level.up.bytes * size, level.up.work * size * len(found)
+            yield kept[i] + risen + above + shortness * arena * level.up.bytes * size, level.up.work * size * len(found)
             risen = above
 
 

@@ -142,8 +142,8 @@ def survey(job: Job, core: tuple[int, ...] | None = None) -> Prospect:
     def plan_with(runner: Runner, core: tuple[int, ...] | None) -> Plan:
         measured = job.settings.tolerance is not None
         cost = model.card.cost(runner, model.weights_bytes, job.settings.precision, job.settings.engine)
-        stages, fp32 = _stages_of(model, canvas), job.settings.precision == "fp32"
-        if stages is not None and runner == "openvino" and fp32:
+        stages, precision = _stages_of(model, canvas), job.settings.precision
+        if stages is not None and runner == "openvino" and precision == "fp32":
             # The card's number is what ONNX Runtime holds, which fills up few channels to sixteen.
             held = min(cost.engine_bytes_per_pixel, _IN_OPENVINO * stages.inner[0].bytes)
             cost = replace(cost, engine_bytes_per_pixel=held)
@@ -157,7 +157,7 @@ def survey(job: Job, core: tuple[int, ...] | None = None) -> Prospect:
             mode=job.settings.mode,
             measured=measured,
             stages=stages,
-            in_chunks=fp32,
+            in_chunks=precision != "int8",
         )
 
     # With what a run was interrupted that is gone on with if it can be, whatever memory is free today.

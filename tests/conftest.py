@@ -57,6 +57,13 @@ def card(**changes: Any) -> Card:
     return Card.model_validate(fields | changes)
 
 
+@pytest.fixture
+def unproved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's cache, which is not there yet: nothing was proved of any network."""
+    monkeypatch.setenv("SEGFLOW_CACHE", str(tmp_path / "nothing-noted"))
+    return tmp_path / "nothing-noted"
+
+
 @pytest.fixture(scope="session")
 def landsat(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A STAC Item of the real, cloudy Landsat 8 chip, 603 x 627 pixels."""

@@ -62,6 +62,7 @@ def test_what_torch_runs_is_run_in_nothing_else() -> None:
 def test_an_engine_that_says_otherwise_is_not_taken(
     local: Model,
     spoil: Callable[[np.ndarray], np.ndarray],
+    unproved: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:

@@ -40,6 +40,7 @@ FLOORS = {
     "segcore.lock": 0.5,
     "segcore.register": 0.5,
     "segcore.spec": 0.5,
+    "segcore.notes": 0.55,
     "segcore.speed": 0.6,
     "segcore.machine": 0.6,
     "segcore.box": 0,
@@ -74,7 +75,7 @@ HOMES = {
 PURE = {
     f"segcore.{name}"
     for name in (
-        "errors", "files", "ledger", "status", "metrics", "box", "grid", "spec", "speed", "staging", "plan",
+        "errors", "files", "notes", "ledger", "status", "metrics", "box", "grid", "spec", "speed", "staging", "plan",
         "lock", "lease", "report.charts",
     )
 }  # fmt: skip

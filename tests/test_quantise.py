@@ -16,9 +16,11 @@ import numpy as np
 import openvino
 import pytest
 import rasterio
+from conftest import save_local_unet
 
 from segcore import model as engines
 from segcore.box import Box
+from segcore.calibrate import calibrate
 from segcore.errors import MemoryShortageError, ModelError, PlanError
 from segcore.execute import Workers
 from segcore.io import product_name
@@ -26,11 +28,12 @@ from segcore.model import cut_of, load_segmenter
 from segcore.model.card import load_card
 from segcore.model.probe import noise
 from segcore.model.quantise import Quantised, find_quantised, keep_quantised, quantise
-from segcore.model.staged import CroppedSegmenter
-from segcore.precision import Proof
+from segcore.model.segmenter import Segmenter
+from segcore.model.staged import CroppedSegmenter, StagedSegmenter
+from segcore.precision import Proof, _by_itself, _cells
 from segcore.scene import check_seams, segment_scene, survey
-from segcore.spec import Job, Settings
-from segcore.staging import ONE_PASS
+from segcore.spec import Job, Precision, Settings
+from segcore.staging import ONE_PASS, Staging
 
 needs_openvino = pytest.mark.skipif(not (find_spec("openvino") and find_spec("nncf")), reason="needs the extra `int8`")
 needs_bf16 = pytest.mark.skipif(
@@ -255,6 +258,41 @@ def test_end_to_end(river: Path, windowed: Path, tmp_path: Path, cache: Path, wo
     assert taken.state == "done"
 
 
+def test_places_are_whole_windows_in_blend_mode(river: Path, windowed: Path, tmp_path: Path) -> None:
+    plan = _by_itself(survey(job(river, windowed, tmp_path, mode="blend", precision="fp32")).plan)
+    tiles = [plan.tile_of(box) for box in _cells(plan)]
+    assert len(tiles) == 4 * 5
+    assert all(tile.windows == (tile.core,) for tile in tiles)
+
+
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=needs_bf16)])
+def test_speed_is_measured_in_the_numbers_that_are_wanted(
+    precision: Precision, river: Path, windowed: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines = list[str]()
+
+    def load(*arguments: Any) -> Segmenter:
+        segmenter = load_segmenter(*arguments)
+        engines.append(segmenter.engine)
+        return segmenter
+
+    monkeypatch.setattr("segcore.calibrate.load_segmenter", load)
+    monkeypatch.setattr("segcore.calibrate._SECONDS", 0.1)
+    prospect = survey(job(river, windowed, tmp_path, precision=precision))
+    assert prospect.speed is None
+    found = calibrate(prospect)
+    assert found == prospect.speed
+    assert 0 < found.label < 1e-3
+    (engine,) = engines
+    assert ("bf16" in engine) == (precision == "bf16")
+
+
+@needs_openvino
+def test_speed_of_a_network_that_is_not_made_yet(river: Path, windowed: Path, tmp_path: Path, cache: Path) -> None:
+    with pytest.raises(ModelError, match="before a run with --precision int8 has made that of it"):
+        calibrate(survey(job(river, windowed, tmp_path)))
+
+
 @needs_openvino
 def test_kept_beside_the_model_and_known_by_its_digest(
     windowed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -293,9 +331,23 @@ def test_only_what_is_wanted_rises_in_bf16(windowed: Path) -> None:
     assert (cropped(image, wanted)[at] == plain(image)[at]).all()
 
 
+@needs_bf16
+@pytest.mark.parametrize("axes", ["yx", "zyx"])
+def test_stages_in_bf16_say_what_one_pass_says(axes: str, tmp_path: Path, unproved: Path) -> None:
+    model = load_card(str(save_local_unet(tmp_path / "unet", axes, width=8, poolings=2)))
+    image = noise((1, 1, *(96, 112, 64)[: len(axes)]))
+    exact, plain = load_segmenter(model, 2)(image), load_segmenter(model, 2, precision="bf16")(image)
+    staged = load_segmenter(model, 2, Staging(2, (40,) * len(axes)), precision="bf16")
+    assert isinstance(staged, StagedSegmenter)
+    assert "bf16" in staged.engine
+    # What goes from part to part is float32, in which a number of bfloat16 is what it was.
+    assert (staged(image) == plain).all()
+    assert 1e-4 < np.abs(plain - exact).max() / np.abs(exact).max() < 0.05
+
+
 @needs_openvino
 def test_a_network_that_cannot_be_cropped_is_made_all_the_same(
-    windowed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    windowed: Path, tmp_path: Path, unproved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, image = load_card(str(windowed)), noise((1, 3, 96, 64))
     with monkeypatch.context() as changed:
@@ -319,7 +371,9 @@ def raising(error: Exception) -> Callable[..., None]:
 
 
 @needs_openvino
-def test_only_what_is_wanted_rises(windowed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_what_is_wanted_rises(
+    windowed: Path, tmp_path: Path, unproved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of a window in int8, too; and what is transposed runs in integers, which OpenVINO only does around zero."""
     model, size, wanted = load_card(str(windowed)), (192, 224), Box((81, 96), (110, 130))
     cut, image = cut_of(model, 2), noise((1, 3, *size))
@@ -348,8 +402,9 @@ def test_only_what_is_wanted_rises(windowed: Path, tmp_path: Path, monkeypatch: 
 
     with monkeypatch.context() as changed:  # where it cannot be proved all of a window rises
         changed.setattr(engines, "_SAME_INT8", -1.0)
-        unproved = load_segmenter(model, 2, quantised=Quantised(path, sha256, "here"))
-        assert (unproved(image, wanted) == whole).all()
+        changed.setenv("SEGFLOW_CACHE", str(tmp_path / "another"))
+        wary = load_segmenter(model, 2, quantised=Quantised(path, sha256, "here"))
+        assert (wary(image, wanted) == whole).all()
     monkeypatch.setattr("segcore.model.stages.find_stages", lambda *_: None)
     with pytest.raises(ModelError, match="made of other parts"):
         load_segmenter(model, 2, quantised=Quantised(path, sha256, "here"))

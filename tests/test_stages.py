@@ -31,7 +31,8 @@ from segcore.model.card import load_card
 from segcore.model.onnx import OnnxPart, OnnxSegmenter
 from segcore.model.openvino import OpenVinoPart, OpenVinoSegmenter
 from segcore.model.probe import noise
-from segcore.model.staged import CroppedSegmenter, StagedSegmenter, crop
+from segcore.model.segmenter import Segmenter
+from segcore.model.staged import CroppedSegmenter, LoadPart, StagedSegmenter, find_crops
 from segcore.model.stages import find_stages
 from segcore.model.unet import UNet
 from segcore.plan import make_plan
@@ -132,6 +133,7 @@ def test_stages_say_what_one_pass_says(name: str, engine: str, tmp_path: Path) -
     for levels in range(1, network.most + 1):
         staging = Staging(levels, chunk)
         staged = StagedSegmenter(network.path, network.whole, network.load_part, 2, 2, staging)
+        staged.prove(network.path)
         assert len(staged.stages.levels) == network.most
         network.check(staged)
 
@@ -140,7 +142,8 @@ def test_stages_say_what_one_pass_says(name: str, engine: str, tmp_path: Path) -
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_part_of_a_window_says_what_the_whole_says(name: str, engine: str, tmp_path: Path) -> None:
     network = Exported(name, engine, tmp_path)
-    cropped = crop(network.path, network.whole, network.load_part, 2, 2)
+    cropped = cropped_of(network.path, network.whole, network.load_part)
+    cropped.prove(network.path, network.whole)
     network.check(cropped)
     stages, window = cropped.cut.stages, network.window
     assert len(stages.levels) == network.most
@@ -149,10 +152,16 @@ def test_a_part_of_a_window_says_what_the_whole_says(name: str, engine: str, tmp
     assert stages.work(window, nothing, ONE_PASS) < 0.99 * stages.work(window, everything, ONE_PASS)
 
 
+def cropped_of(path: Path, whole: Segmenter, load: LoadPart) -> CroppedSegmenter:
+    cut = find_crops(path, 2, 2)
+    return CroppedSegmenter(load(cut.cropped, 2, False), cut, whole)
+
+
 def test_a_part_that_shows_too_little_is_found_out(tmp_path: Path) -> None:
     path = export(as_if_trained(plain(2, widths=[7, 9])), tmp_path / "net.onnx", 2)
     whole = OnnxSegmenter(path, 2)
-    cropped = crop(path, whole, OnnxPart, 2, 2)
+    cropped = cropped_of(path, whole, OnnxPart)
+    cropped.prove(path, whole)
     stages = cropped.cut.stages
     short = replace(stages.levels[0], up_halo=((0, 0), (0, 0)))
     cropped.cut = replace(cropped.cut, stages=replace(stages, levels=(short,)))
@@ -206,7 +215,7 @@ def test_a_halo_that_is_short_is_found_out(side: str, tmp_path: Path) -> None:
     short = replace(level, **{side: tuple((before - 2, after) for before, after in getattr(level, side))})
     staged.stages = replace(staged.stages, levels=(short,))
     with pytest.raises(ModelError, match="other scores in chunks"):
-        staged._prove(path, 0)
+        staged.prove(path)
 
 
 @given(st.data())

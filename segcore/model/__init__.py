@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 from functools import partial
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,12 +18,14 @@ from segcore.files import sha256_of
 from segcore.machine import release_memory
 from segcore.model.card import Card, Model
 from segcore.model.probe import Network, first_taken, largest_error, rounding_of
+from segcore.model.proved import prove_once
 from segcore.model.quantise import Quantised
-from segcore.model.segmenter import Part, Segmenter
+from segcore.model.segmenter import Segmenter
 from segcore.spec import SAME_SCORES, STREAMS, Engine, Precision, Runner, usable_cores
 from segcore.staging import ONE_PASS, Stages, Staging
 
 if TYPE_CHECKING:
+    from segcore.model.staged import LoadPart
     from segcore.model.stages import Cut
 
 #: Up to what the scores of two engines differ by rounding alone, relative to the largest of them, of networks that are
@@ -50,8 +52,9 @@ def load_segmenter(
 
     `precision`: of a network that was not quantised, fp32 or bf16. `engine`: what runs an ONNX file in fp32; `auto`
     takes OpenVINO for a local network on a CPU, where it is installed and says what ONNX Runtime says. Its weights are
-    checked, and so is its card's word that it is local. Raises CardError, ModelError, and PlanError for a staging that
-    the network does not have.
+    checked. What else is promised is proved on noise, once on a machine: that engines say the same, that stages do, and
+    the card's word that the network is local. Raises CardError, ModelError, and PlanError for a staging that the
+    network does not have.
     """
     artifact, path = model.weights()
     segmenter: Segmenter
@@ -68,7 +71,11 @@ def load_segmenter(
             from segcore.model.torch import TorchSegmenter, load_module
 
             segmenter = TorchSegmenter(load_module(artifact, path), threads)
-    _confirm(segmenter, model.card)
+    if "CUDA" in segmenter.engine:  # which of many, it does not say
+        _confirm(segmenter, model.card)
+    else:
+        numbers = quantised.sha256 if quantised else precision
+        prove_once(lambda: _confirm(segmenter, model.card), "reach", model.digest, segmenter.engine, numbers, staging)
     # What was compared held arrays, and networks of its own.
     segmenter.release()
     release_memory()
@@ -103,50 +110,79 @@ def _load_onnx(model: Model, path: Path, threads: int, staging: Staging | None, 
         try:
             from segcore.model.openvino import OpenVinoPart, OpenVinoSegmenter
 
-            # Windows of one size are small: layers that are too small for all threads take turns.
-            quicker = OpenVinoSegmenter(path, threads, 1 if card.local else min(threads, STREAMS))
-            error = _difference(usual, quicker, card)
-            if not error <= (SAME_SCORES if card.local else _SAME):
-                raise ModelError(f"its scores are {error:.2g} of their size from those of ONNX Runtime")
-            return _in_stages(card, path, quicker, OpenVinoPart, threads, staging)
+            quicker = OpenVinoSegmenter(path, threads, _streams(card, threads))
+            prove_once(lambda: _compare(usual, quicker, card), "engines", model.digest, usual.engine, quicker.engine)
+            return _in_stages(model, path, quicker, OpenVinoPart, threads, staging)
+        except MemoryShortageError:
+            raise
         except (ModelError, ImportError) as fault:
             if engine == "openvino":
                 raise ModelError(f"model {card.name} does not run in OpenVINO: {fault}; leave --engine out") from fault
             _LOG.info("%s does not run in OpenVINO: %s", card.name, fault)
-    return _in_stages(card, path, usual, OnnxPart, threads, staging)
+    return _in_stages(model, path, usual, OnnxPart, threads, staging)
+
+
+def _streams(card: Card, threads: int) -> int:
+    """How many windows are run side by side: those of one size are small, and their layers too small for all threads"""
+    return 1 if card.local else min(threads, STREAMS)
 
 
 def _in_stages(
-    card: Card,
+    model: Model,
     path: Path,
-    segmenter: Segmenter,
-    load: Callable[[bytes, int, bool], Part],
+    plain: Segmenter,
+    load: LoadPart,
     threads: int,
     staging: Staging | None,
+    exact: LoadPart | None = None,
 ) -> Segmenter:
-    """The segmenter, its large windows in stages, or in part, where that is asked for."""
+    """A network that runs in one pass by `plain`, its large windows in stages, or in part, where that is asked for.
+
+    `load`: what loads its parts; `exact`: the same in float32, in which stages are proved where `load` rounds more.
+    """
     if staging is None:
-        return segmenter
-    from segcore.model.staged import StagedSegmenter, crop
+        return plain
+    from segcore.model.staged import CroppedSegmenter, StagedSegmenter, find_crops
 
+    channels = len(model.card.channels)
     if staging == ONE_PASS:
-        try:
-            return crop(path, segmenter, load, threads, len(card.channels))
-        except MemoryShortageError:
-            raise
-        except ModelError as fault:  # what the plan has saved by it is done after all
-            _LOG.info("%s: %s", card.name, fault)
-            return segmenter
-    return StagedSegmenter(path, segmenter, load, threads, len(card.channels), staging)
+        with _tried(model.card):  # else what the plan has saved by it is done after all
+            cut = find_crops(path, channels, threads)
+            cropped = CroppedSegmenter(load(cut.cropped, threads, False), cut, plain)
+            prove_once(lambda: cropped.prove(path, plain), "part", model.digest, plain.engine)
+            return cropped
+        return plain
+
+    def staged(load: LoadPart) -> StagedSegmenter:
+        return StagedSegmenter(path, plain, load, threads, channels, staging)
+
+    segmenter = staged(load)
+    prove_once(
+        lambda: (staged(exact) if exact else segmenter).prove(path), "stages", model.digest, plain.engine, staging
+    )
+    return segmenter
 
 
-def _difference(one: Segmenter, other: Segmenter, card: Card) -> float:
-    """How far the scores of two engines are from each other on noise, relative to the largest. Raises ModelError."""
+@contextlib.contextmanager
+def _tried(card: Card) -> Iterator[None]:
+    """What need not succeed: a fault is logged, and what follows is done. A shortage of memory is no fault."""
+    try:
+        yield
+    except MemoryShortageError:
+        raise
+    except ModelError as fault:
+        _LOG.info("%s: %s", card.name, fault)
+
+
+def _compare(usual: Segmenter, other: Segmenter, card: Card) -> None:
+    """Raises ModelError where scores of noise differ from those of ONNX Runtime by more than rounding makes."""
     sight = card.sight()
     shapes = [tuple(-(-side // s) * s for s in sight.stride) for side in _SIDES[len(sight.stride)]]
     sizes = [sight.window] if sight.fixed and sight.window else shapes
-    image, scores = first_taken(one, ((1, len(card.channels), *size) for size in sizes))
-    return float(np.abs(scores - other(image)).max()) / max(float(np.abs(scores).max()), 1e-6)
+    image, scores = first_taken(usual, ((1, len(card.channels), *size) for size in sizes), "takes no noise")
+    error = float(np.abs(scores - other(image)).max()) / max(float(np.abs(scores).max()), 1e-6)
+    if not error <= (SAME_SCORES if card.local else _SAME):
+        raise ModelError(f"its scores are {error:.2g} of their size from those of ONNX Runtime")
 
 
 def stages_of(path: Path, channels: int) -> Stages | None:
@@ -189,32 +225,27 @@ def cut_of(model: Model, threads: int) -> Cut | None:
     if artifact.format != "onnx" or not model.card.local:
         return None
     from segcore.model.openvino import OpenVinoPart, OpenVinoSegmenter
-    from segcore.model.staged import CroppedSegmenter
-    from segcore.model.stages import find_stages
+    from segcore.model.staged import CroppedSegmenter, find_crops
 
-    cut = find_stages(path, len(model.card.channels), threads)
-    if cut is None or not cut.crops:
-        return None
-    cut = replace(cut, down=(), up=(), inner=())  # each of them has weights
-    try:
+    def prove() -> None:
         plain = OpenVinoSegmenter(path, threads)
         CroppedSegmenter(OpenVinoPart(cut.cropped, threads), cut, plain).prove(path, plain)
+
+    with _tried(model.card):
+        cut = find_crops(path, len(model.card.channels), threads)
+        prove_once(prove, "part", model.digest, "OpenVINO", threads, version("openvino"), version("onnxruntime"))
         return cut
-    except MemoryShortageError:
-        raise
-    except ModelError as fault:
-        _LOG.info("%s: %s", model.card.name, fault)
-        return None
+    return None
 
 
 def _load_bf16(model: Model, path: Path, threads: int, staging: Staging | None) -> Segmenter:
-    """An ONNX file in bfloat16, its large windows in part where that is asked for."""
+    """An ONNX file in bfloat16, its large windows in stages, or in part, where that is asked for."""
     check_precision(model, "bf16")
     from segcore.model.openvino import OpenVinoPart, OpenVinoSegmenter
 
-    plain = OpenVinoSegmenter(path, threads, precision="bf16")
+    plain = OpenVinoSegmenter(path, threads, _streams(model.card, threads), "bf16")
     load = partial(OpenVinoPart, floats="bf16")
-    return _in_stages(model.card, path, plain, load, threads, staging)
+    return _in_stages(model, path, plain, load, threads, staging, OpenVinoPart)
 
 
 def _load_int8(model: Model, path: Path, quantised: Quantised, threads: int) -> Segmenter:
@@ -245,13 +276,11 @@ def _load_int8(model: Model, path: Path, quantised: Quantised, threads: int) -> 
             f"versions of onnx and onnxruntime on every worker, or remove that file's folder, and run the scene again"
         )
     cropped = CroppedSegmenter(plain.network, cut, plain)
-    try:
-        cropped.prove(quantised.path, cropped, _SAME_INT8)  # a part of a window against the same in all of it
-    except MemoryShortageError:
-        raise
-    except ModelError as fault:
-        _LOG.info("%s: %s", model.card.name, fault)
-        cropped.in_part = False
+    cropped.in_part = False
+    with _tried(model.card):
+        # A part of a window against the same in all of it.
+        prove_once(lambda: cropped.prove(quantised.path, cropped, _SAME_INT8), "part", found, plain.engine)
+        cropped.in_part = True
     return cropped
 
 

@@ -224,9 +224,8 @@ class Card(_Strict):
         streams = STREAMS if not self.local and "openvino" in (runner if precision == "fp32" else "", engine) else 1
         if precision == "fp32":
             return Cost(channels, classes, streams * whole, runner, weights)
-        return Cost(
-            channels, classes, _SHORT * whole, runner, weights, proof_bytes_per_pixel=(streams + _SHORT) * whole
-        )
+        proof = (streams + _SHORT) * whole
+        return Cost(channels, classes, _SHORT * whole, runner, weights, proof, _SHORT)
 
 
 class Model:

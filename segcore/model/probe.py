@@ -7,8 +7,8 @@ so is found in two ways that do not trust each other:
 - one cell in the middle of a long strip is marked, and its *footprint* tells which outputs may depend on it. In torch
   a NaN is the mark (`segcore.model.torch`), in ONNX a graph carries marks in place of values (`segcore.model.graph`);
 - then the network itself is run on two strips that agree within the reach of some cells and nowhere else: the scores
-  of these cells must be the same (`largest_error`). This second test is cheap, and repeated whenever a network is
-  loaded.
+  of these cells must be the same (`largest_error`). This second test is cheap, and repeated when a network is first
+  loaded on a machine.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from segcore.errors import ModelError
+from segcore.errors import MemoryShortageError, ModelError
 from segcore.model.segmenter import Floats, Segmenter
 from segcore.spec import Sides, Sight, times
 
@@ -286,19 +286,24 @@ def _marked(shape: tuple[int, ...], stride: tuple[int, ...], axes: tuple[int, ..
     return marks
 
 
-def first_taken(network: Callable[[Floats], Floats], shapes: Iterable[tuple[int, ...]]) -> tuple[Floats, Floats]:
+def first_taken(
+    network: Callable[[Floats], Floats], shapes: Iterable[tuple[int, ...]], otherwise: str
+) -> tuple[Floats, Floats]:
     """Noise of the first of these shapes (N, C, *spatial) that a network takes, and its scores.
 
-    A network of many levels wants a large image. Raises the last ModelError where it takes none.
+    A network of many levels wants a large image. Raises ModelError where it takes none: what that means `otherwise`,
+    and why; and MemoryShortageError, which says nothing of the network.
     """
-    fault = ModelError("there is nothing to try it on")
+    fault: ModelError | None = None
     for shape in shapes:
         image = noise(shape)
         try:
             return image, network(image)
+        except MemoryShortageError:
+            raise
         except ModelError as error:
             fault = error
-    raise fault
+    raise ModelError(f"{otherwise}: {fault}") from fault
 
 
 def noise(shape: tuple[int, ...], seed: int = 0) -> Floats:

@@ -166,7 +166,7 @@ def _centre(network: Any) -> None:
         if (low >= 0).all():
             continue
         # In 256 steps, of which one more lies below zero than above.
-        end = np.maximum(-low, high * 128 / 127).astype(np.float32)
+        end = np.maximum(-low, high * 128 / 127)
         for first, value in ((1, -end), (2, end * 127 / 128)):
             centred = ops.constant(value.astype(np.float32)).output(0)
             for i in (first, first + 2):

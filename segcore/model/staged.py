@@ -27,9 +27,9 @@ LoadPart = Callable[[bytes, int, bool], Part]
 class StagedSegmenter:
     """An ONNX file, windows of which that are larger than a chunk are run in stages.
 
-    Windows that fit in one chunk, and those whose sides do not fit the levels, are run in one pass, by `plain`. When
-    made, each level is run on noise in both ways. Raises ModelError where these differ, where the network has no such
-    stages, and where a part does not load. A window in chunks that are too small raises PlanError.
+    Windows that fit in one chunk, and those whose sides do not fit the levels, are run in one pass, by `plain`. Raises
+    ModelError where the network has no such stages, and where a part does not load. A window in chunks that are too
+    small raises PlanError.
     """
 
     def __init__(
@@ -50,9 +50,6 @@ class StagedSegmenter:
         self._down = [load(part, threads, True) for part in cut.down[: staging.levels]]
         self._up = [load(part, threads, True) for part in cut.up[: staging.levels]]
         self._inner: tuple[int, Part] | None = None
-        for depth in range(staging.levels):
-            self._prove(path, depth)
-        self._inner = None
 
     def __call__(self, batch: Floats, wanted: Box | None = None) -> Floats:
         window = batch.shape[2:]
@@ -70,6 +67,12 @@ class StagedSegmenter:
 
     def release(self) -> None:
         self._plain.release()
+
+    def prove(self, what: object) -> None:
+        """Run each level on noise, in chunks and in one pass. Raises ModelError where these differ."""
+        for depth in range(self._staging.levels):
+            self._prove(what, depth)
+        self._inner = None
 
     def _rise(self, out: Floats, image: Floats, depth: int, wanted: Box, staging: Staging) -> None:
         """Write what rises to a level in a wanted box of its grid. `image`: what has gone down to it."""
@@ -114,7 +117,7 @@ class StagedSegmenter:
             self._inner = depth, self._load(self._insides[depth], self._threads, False)
         return self._inner[1]
 
-    def _prove(self, path: Path, depth: int) -> None:
+    def _prove(self, what: object, depth: int) -> None:
         """Compare what a level and all inside of it give in small chunks, and in one pass."""
         level = self.stages.levels[depth]
         channels = self.stages.levels[depth - 1].pooled if depth else self.stages.channels
@@ -122,13 +125,11 @@ class StagedSegmenter:
         all_sides = (
             [-(-(n + 2 * f) // cell) * cell for n, f in zip(level.least, level.factor, strict=True)] for cell in _CELLS
         )
-        try:
-            image, plain = first_taken(
-                lambda image: self._inside(depth)([image]),
-                ((1, channels, 2 * sides[0], *sides[1:]) for sides in all_sides),
-            )
-        except ModelError as error:
-            raise ModelError(f"{path} cannot be tried in chunks: {error}") from error
+        image, plain = first_taken(
+            lambda image: self._inside(depth)([image]),
+            ((1, channels, 2 * sides[0], *sides[1:]) for sides in all_sides),
+            f"{what} cannot be tried in chunks",
+        )
         shape = image.shape[2:]
         sides = (shape[0] // 2, *shape[1:])
         chunk = tuple(
@@ -139,7 +140,7 @@ class StagedSegmenter:
         error_size = _error(plain, staged, Box.of(shape))
         if error_size > ROUNDING["CPU"]:
             raise ModelError(
-                f"{path} gives other scores in chunks than in one pass, by {error_size:.2g} of their size in "
+                f"{what} gives other scores in chunks than in one pass, by {error_size:.2g} of their size in "
                 f"{times(shape)} pixels of level {depth}; run it in one pass"
             )
 
@@ -155,7 +156,7 @@ class CroppedSegmenter:
 
     def __init__(self, network: Part, cut: Cut, plain: Segmenter) -> None:
         self.device, self.engine, self.batch = plain.device, plain.engine, plain.batch
-        # Where to crop: the parts, each of which has weights, are not run.
+        # Where to crop: the parts, each of which has weights, are not run, and what is has been loaded.
         self.cut, self._network = replace(cut, down=(), up=(), inner=(), cropped=b""), network
 
     def __call__(self, batch: Floats, wanted: Box | None = None) -> Floats:
@@ -178,12 +179,11 @@ class CroppedSegmenter:
         Raises ModelError where they differ by more than rounding makes, relative to the largest score.
         """
         others = len(self.cut.crops[0].ratio) - 1
-        try:
-            image, expected = first_taken(
-                plain, ((1, self.cut.stages.channels, 3 * cell, *[2 * cell] * others) for cell in _CELLS)
-            )
-        except ModelError as error:
-            raise ModelError(f"{what} cannot be tried in part: {error}") from error
+        image, expected = first_taken(
+            plain,
+            ((1, self.cut.stages.channels, 3 * cell, *[2 * cell] * others) for cell in _CELLS),
+            f"{what} cannot be tried in part",
+        )
         shape = image.shape[2:]
         box = Box(tuple(3 * n // 8 + 1 for n in shape), tuple(5 * n // 8 for n in shape))
         error_size = _error(expected, self(image, box), box)
@@ -194,17 +194,15 @@ class CroppedSegmenter:
             )
 
 
-def crop(path: Path, plain: Segmenter, load: LoadPart, threads: int, channels: int) -> CroppedSegmenter:
-    """An ONNX file, of whose windows only what is wanted rises; proved on noise.
+def find_crops(path: Path, channels: int, threads: int) -> Cut:
+    """Where the network in an ONNX file is cropped, and that graph, without the parts, each of which has weights.
 
-    `plain`: the same in one pass. Raises ModelError where these differ, and where that cannot be.
+    Raises ModelError where that cannot be.
     """
     cut = find_stages(path, channels, threads)
     if cut is None or not cut.crops:
         raise ModelError(f"{path} cannot be run in part; run all of it")
-    cropped = CroppedSegmenter(load(cut.cropped, threads, False), cut, plain)
-    cropped.prove(path, plain)
-    return cropped
+    return replace(cut, down=(), up=(), inner=())
 
 
 def _error(expected: Floats, found: Floats, box: Box) -> float:
