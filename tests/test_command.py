@@ -39,6 +39,14 @@ def half(path: Path, source: Path) -> Path:
     return path
 
 
+def only_line(ended: subprocess.CompletedProcess[str]) -> str:
+    """What a command said of its failure; all of it, where it said more than one line."""
+    said = ended.stderr.strip()
+    assert said, ended.stdout
+    assert "\n" not in said, said
+    return said
+
+
 def missing(folder: Path) -> Path:
     return folder / "missing.tif"
 
@@ -98,7 +106,7 @@ def test_bad_scenes(tmp_path: Path, run_segflow: Run, make: Callable[[Path], Pat
     ended = run_segflow("run", make(tmp_path), "-m", CLOUDS, "-o", out)
     assert ended.returncode == code
     assert "Traceback" not in ended.stderr
-    (line,) = ended.stderr.strip().splitlines()
+    line = only_line(ended)
     assert words in line
     assert {path.name for path in out.glob("*")} <= RUN_FILES
 
@@ -107,7 +115,7 @@ def test_a_truncated_volume(tmp_path: Path, head: Path, run_segflow: Run) -> Non
     out = tmp_path / "out"
     ended = run_segflow("run", half(tmp_path / "half.nii.gz", head), "-m", "deepbet", "-o", out)
     assert ended.returncode == 1
-    (line,) = ended.stderr.strip().splitlines()
+    line = only_line(ended)
     assert "is truncated or damaged" in line
     assert {path.name for path in out.glob("*")} == RUN_FILES
 
@@ -133,7 +141,7 @@ def test_bad_settings(tmp_path: Path, landsat: Path, run_segflow: Run, options: 
     ended = run_segflow("run", landsat, *options, "-o", tmp_path / "out")
     assert ended.returncode == 2
     assert "Traceback" not in ended.stderr
-    (line,) = ended.stderr.strip().splitlines()
+    line = only_line(ended)
     assert words in line
     assert {path.name for path in (tmp_path / "out").glob("*")} <= RUN_FILES
 
@@ -146,7 +154,7 @@ def test_weights_with_another_digest(tmp_path: Path, landsat: Path, run_segflow:
     ended = run_segflow("run", landsat, "-m", model, "-o", tmp_path / "out")
     assert ended.returncode == 2
     assert "has the sha256" in ended.stderr
-    assert len(ended.stderr.strip().splitlines()) == 1
+    only_line(ended)
     assert not (tmp_path / "out").exists()
 
 
@@ -159,7 +167,7 @@ def test_output_that_cannot_be_written(tmp_path: Path, landsat: Path, run_segflo
     for out in places:
         ended = run_segflow("run", landsat, "-m", CLOUDS, "-o", out)
         assert ended.returncode == 2
-        (line,) = ended.stderr.strip().splitlines()
+        line = only_line(ended)
         assert "choose another --out" in line
 
 

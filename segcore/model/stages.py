@@ -44,7 +44,7 @@ from segcore.staging import Level, Part, Stages, rising
 #: Sides at which shapes are inferred: multiples of any usual stride, and all different.
 _SIDES = (1024, 1280, 1536)
 #: Cells along the side of the image in which what a part sees is looked at, by number of axes; more if it sees ends.
-_CELLS = {2: (12, 24, 48, 96), 3: (12, 24)}
+_CELLS = {2: (12, 24, 48, 96), 3: (8, 12, 24)}
 #: Levels that are peeled at most: of a window 8 levels deep hardly anything is left.
 _MOST = 3
 #: Kinds that may see everything; none of them is let in, wherever it lies.

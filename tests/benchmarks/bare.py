@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import models, scenes, segflow
-from benchmarks.measure import in_turn, peer, start_up
+from benchmarks.measure import Measured, in_turn, peer, start_up
 from benchmarks.table import Row
 from benchmarks.table import table as markdown_table
 
@@ -40,14 +40,17 @@ def table(options: argparse.Namespace) -> Iterator[str]:
             },
             options.runs,
         )
-    rows = [
-        Row(name, measured, size**2 / 1e6)
-        for (name, measured), size in zip(found.items(), (side, options.side), strict=True)
-    ]
-    engines = (rows[0].measured.said["engine"], rows[1].measured.said["segflow:model"]["engine"])
-    rows = [replace(row, more={"engine": str(engine)}) for row, engine in zip(rows, engines, strict=True)]
-    # The first pass of a process takes its memory from the system, as a run of segflow does.
-    first = rows[0].measured.said["first"]
-    taking = replace(rows[0].measured, wall=first["seconds"], cpu=first["cpu"], peak=first["peak"])
-    rows.insert(1, replace(rows[0], name="the first such pass of its process", measured=taking))
+    (name, bare), (ours, measured) = found.items()
+    engine = str(measured.said["segflow:model"]["engine"])
+    rows = [*passes(name, bare, side**2 / 1e6), Row(ours, measured, options.side**2 / 1e6, {"engine": engine})]
     yield markdown_table("MONAI BasicUNet", rows)
+
+
+def passes(name: str, measured: Measured, mpx: float) -> list[Row]:
+    """The rows of a bare pass: once it is warm, and the first one of its process.
+
+    That takes its memory from the system, as a run of segflow does.
+    """
+    more, first = {"engine": str(measured.said["engine"])}, measured.said["first"]
+    taking = replace(measured, wall=first["seconds"], cpu=first["cpu"], peak=first["peak"])
+    return [Row(name, measured, mpx, more), Row("the first such pass of its process", taking, mpx, more)]
