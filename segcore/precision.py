@@ -7,7 +7,7 @@ in bfloat16 there is nothing to calibrate.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
@@ -18,11 +18,11 @@ import numpy as np
 
 from segcore.box import Box
 from segcore.errors import ModelError
-from segcore.io.source import Floats
-from segcore.model import cut_of, load_segmenter
-from segcore.model.card import Model
+from segcore.io.source import Floats, Labels
+from segcore.model import cut_of
+from segcore.model.card import Card, Model
 from segcore.model.quantise import Quantised, quantise
-from segcore.model.segmenter import Integers, Segmenter
+from segcore.model.segmenter import Integers
 from segcore.plan import Plan, Tile
 from segcore.spec import Precision, usable_cores
 from segcore.tile import Labeller
@@ -94,26 +94,65 @@ class Proof:
             )
 
 
-def prove_bf16(labeller: Labeller, model: Model) -> Proof:
-    """Compare a network in bfloat16 with the labeller's own, in fp32, on places of the scene.
+@dataclass(frozen=True, slots=True)
+class Looks:
+    """What a network says of places of a scene: the labels of each, the seconds in its engine, and which that is."""
 
-    Raises ModelError, SceneError.
-    """
-    seen, (_, compared) = _looked_at(labeller, "bf16")
-    segmenter = load_segmenter(model, usable_cores(), precision="bf16")
-    return _compared(labeller, seen, segmenter, compared)
+    places: tuple[Tile, ...]
+    labels: tuple[Labels, ...]
+    seconds: float
+    engine: str
 
 
-def prove_int8(labeller: Labeller, model: Model, path: Path, kept: Quantised | None, calibration: str) -> Proof:
-    """The same for a network in int8.
+def look(labeller: Labeller, places: Sequence[Tile]) -> Looks:
+    """Label some places, each by itself. Raises ModelError, SceneError."""
+    alone = replace(labeller, plan=_by_itself(labeller.plan))
+    alone(places[0])  # what is done once for each size of window does not count
+    found = [alone(tile) for tile in places]
+    seconds = sum(result.infer_seconds for result in found)
+    return Looks(tuple(places), tuple(result.labels for result in found), seconds, labeller.segmenter.engine)
+
+
+def look_for_bf16(labeller: Labeller) -> Looks:
+    """What a network says in fp32, the labeller's, where bfloat16 is to be compared. Raises ModelError, SceneError."""
+    _, (_, compared) = _looked_at(labeller, "bf16")
+    return look(labeller, compared)
+
+
+def make_int8(
+    labeller: Labeller, model: Model, path: Path, kept: Quantised | None, calibration: str
+) -> tuple[Quantised, Looks]:
+    """A network in int8, and what it says in fp32, the labeller's, where that is to be compared.
 
     It is `kept`, or made in the file `path` from other places of the scene, and then of this `calibration`. Raises
     ModelError, SceneError.
     """
     seen, (calibrated_on, compared) = _looked_at(labeller, "int8")
     network = kept or _quantised(model, _shown(seen, calibrated_on), path, calibration)
-    segmenter = load_segmenter(model, usable_cores(), quantised=network)
-    return _compared(labeller, seen, segmenter, compared, network)
+    return network, look(labeller, compared)
+
+
+def compare(expected: Looks, found: Looks, card: Card, network: Quantised | None = None) -> Proof:
+    """What a network in shorter numbers is worth: the `network` in int8, or else bfloat16. `expected`: of fp32."""
+    classes = len(card.classes)
+    of_class, same = np.zeros(classes, np.int64), np.zeros(classes, np.int64)
+    for a, b in zip(expected.labels, found.labels, strict=True):
+        valid = a != card.label_nodata
+        of_class += np.bincount(a[valid], minlength=classes)
+        same += np.bincount(a[valid & (a == b)], minlength=classes)
+    pixels = int(of_class.sum())
+    return Proof(
+        float(same.sum()) / pixels,
+        pixels,
+        len(expected.places),
+        tuple(map(int, of_class)),
+        tuple(map(int, same)),
+        network.calibration if network else None,
+        network.sha256 if network else None,
+        found.engine,
+        round(expected.seconds / max(found.seconds, 1e-9), 2),
+        "int8" if network else "bf16",
+    )
 
 
 def _quantised(model: Model, shown: list[Floats], path: Path, calibration: str) -> Quantised:
@@ -139,45 +178,6 @@ def _looked_at(labeller: Labeller, precision: Precision) -> tuple[Labeller, tupl
             f"value and its bands, or leave --precision {precision} out"
         )
     return seen, places
-
-
-def _compared(
-    labeller: Labeller,
-    seen: Labeller,
-    segmenter: Segmenter,
-    compared: list[Tile],
-    network: Quantised | None = None,
-) -> Proof:
-    """What `segmenter` is worth: the `network` in int8, or else bfloat16."""
-    plain = replace(seen, segmenter=labeller.segmenter)
-    quick = replace(seen, segmenter=segmenter)
-    for warm in (plain, quick):  # what is done once for each size of window does not count
-        warm(compared[0])
-    classes = len(labeller.card.classes)
-    of_class, same = np.zeros(classes, np.int64), np.zeros(classes, np.int64)
-    slow_seconds = quick_seconds = 0.0
-    for tile in compared:
-        expected, found = plain(tile), quick(tile)
-        valid = expected.labels != labeller.card.label_nodata
-        of_class += np.bincount(expected.labels[valid], minlength=classes)
-        same += np.bincount(expected.labels[valid & (expected.labels == found.labels)], minlength=classes)
-        slow_seconds += expected.infer_seconds
-        quick_seconds += found.infer_seconds
-    with labeller.segmenter.device:  # its arrays and those of the other would be held side by side
-        labeller.segmenter.release()
-    pixels = int(of_class.sum())
-    return Proof(
-        float(same.sum()) / pixels,
-        pixels,
-        len(compared),
-        tuple(map(int, of_class)),
-        tuple(map(int, same)),
-        network.calibration if network else None,
-        network.sha256 if network else None,
-        segmenter.engine,
-        round(slow_seconds / max(quick_seconds, 1e-9), 2),
-        "int8" if network else "bf16",
-    )
 
 
 class _Onlooker:

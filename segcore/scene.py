@@ -25,7 +25,7 @@ from segcore.io.scratch import Scratch
 from segcore.lock import Guard, Guarding, empty, held, locked
 from segcore.model import load_segmenter
 from segcore.model.quantise import Quantised, find_quantised, keep_quantised, put
-from segcore.precision import Proof, prove_bf16, prove_int8
+from segcore.precision import Proof, compare, look, look_for_bf16, make_int8
 from segcore.publish import ClassShare, class_shares, is_current, legend_of, manifest_of, manifest_path, publish
 from segcore.scaling import Scaling, fit_scaling
 from segcore.seams import Measured, SeamReport, measure_halo, report_seams
@@ -306,10 +306,15 @@ def _in_precision(recipe: Recipe, workers: Workers, prospect: Prospect) -> tuple
         return _quantised(recipe, workers, prospect)
     if settings.precision == "fp32":
         return recipe, None
-    work = partial(prove_bf16, model=model)
-    proof = _kept(recipe.scratch.root / "bf16.json", Proof, lambda: run_once(_whole(recipe), workers, work))
+    quick = replace(recipe, precision=settings.precision)
+
+    def prove() -> Proof:
+        expected = run_once(_whole(recipe), workers, look_for_bf16)
+        return compare(expected, run_once(quick, workers, partial(look, places=expected.places)), model.card)
+
+    proof = _kept(recipe.scratch.root / "bf16.json", Proof, prove)
     proof.check(settings.agreement, model.card.name)
-    return replace(recipe, precision=settings.precision), proof
+    return quick, proof
 
 
 def _quantised(recipe: Recipe, workers: Workers, prospect: Prospect) -> tuple[Recipe, Proof]:
@@ -326,8 +331,14 @@ def _quantised(recipe: Recipe, workers: Workers, prospect: Prospect) -> tuple[Re
         kept = replace(kept, path=path)
     else:  # this scene is calibrated on, whatever another run has kept since
         kept = None
-    work = partial(prove_int8, model=model, path=path, kept=kept, calibration=prospect.calibration)
-    proof = _kept(recipe.scratch.root / "int8.json", Proof, lambda: run_once(_whole(recipe), workers, work))
+    work = partial(make_int8, model=model, path=path, kept=kept, calibration=prospect.calibration)
+
+    def prove() -> Proof:
+        network, expected = run_once(_whole(recipe), workers, work)
+        found = run_once(replace(recipe, quantised=network), workers, partial(look, places=expected.places))
+        return compare(expected, found, model.card, network)
+
+    proof = _kept(recipe.scratch.root / "int8.json", Proof, prove)
     proof.check(prospect.job.settings.agreement, model.card.name, made)
     assert proof.sha256 is not None
     network = Quantised(path, proof.sha256, prospect.calibration)
@@ -337,7 +348,7 @@ def _quantised(recipe: Recipe, workers: Workers, prospect: Prospect) -> tuple[Re
 
 
 def _whole(recipe: Recipe) -> Recipe:
-    """The recipe for places that are labelled whole, in one pass each."""
+    """The recipe for places that are labelled whole in fp32, in one pass each."""
     return replace(recipe, plan=replace(recipe.plan, staging=None))
 
 

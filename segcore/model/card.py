@@ -224,8 +224,7 @@ class Card(_Strict):
         streams = STREAMS if not self.local and "openvino" in (runner if precision == "fp32" else "", engine) else 1
         if precision == "fp32":
             return Cost(channels, classes, streams * whole, runner, weights)
-        proof = (streams + _SHORT) * whole
-        return Cost(channels, classes, _SHORT * whole, runner, weights, proof, _SHORT)
+        return Cost(channels, classes, _SHORT * whole, runner, weights, streams * whole, _SHORT)
 
 
 class Model:
