@@ -106,7 +106,7 @@ class Looks:
 
 def look(labeller: Labeller, places: Sequence[Tile]) -> Looks:
     """Label some places, each by itself. Raises ModelError, SceneError."""
-    alone = replace(labeller, plan=_by_itself(labeller.plan))
+    alone = replace(labeller, plan=_without_halo(labeller.plan))
     alone(places[0])  # what is done once for each size of window does not count
     found = [alone(tile) for tile in places]
     seconds = sum(result.infer_seconds for result in found)
@@ -170,7 +170,7 @@ def _quantised(model: Model, shown: list[Floats], path: Path, calibration: str) 
 
 def _looked_at(labeller: Labeller, precision: Precision) -> tuple[Labeller, tuple[list[Tile], list[Tile]]]:
     """A labeller that shows what the network sees, and places to calibrate on and to compare."""
-    seen = replace(labeller, plan=_by_itself(labeller.plan), segmenter=_Onlooker(len(labeller.card.classes)))
+    seen = replace(labeller, plan=_without_halo(labeller.plan), segmenter=_Onlooker(len(labeller.card.classes)))
     places = _places(seen)
     if not places[1]:
         raise ModelError(
@@ -199,11 +199,9 @@ class _Onlooker:
         self.shown.clear()
 
 
-def _by_itself(plan: Plan) -> Plan:
-    """The same plan, with windows that show a place and no more, none of it twice: in all numbers they show the same"""
-    if plan.mode == "blend":
-        return replace(plan, sight=replace(plan.sight, overlap=(0,) * len(plan.core)))
-    return plan.with_halo(((0, 0),) * len(plan.core))
+def _without_halo(plan: Plan) -> Plan:
+    """The same plan, with windows that show a place and no more: in all numbers they show the same."""
+    return plan if plan.mode == "blend" else plan.with_halo(((0, 0),) * len(plan.core))
 
 
 def _places(labeller: Labeller) -> tuple[list[Tile], list[Tile]]:
@@ -222,10 +220,10 @@ def _places(labeller: Labeller) -> tuple[list[Tile], list[Tile]]:
 
 
 def _cells(plan: Plan) -> Iterator[Box]:
-    """Disjoint boxes in the scene, of whole windows or strides, in an order by chance that is always the same."""
+    """Disjoint boxes in the scene, in multiples of the stride, in an order by chance that is always the same."""
     axes, sight = len(plan.canvas), plan.sight
-    # Whole windows where there are many: of others more would be run than is looked at.
-    many = plan.mode == "blend" and all(n >= _PARTS[axes] * w for n, w in zip(plan.canvas, sight.step, strict=True))
+    # Where there are many windows they lie as these do, so that fewer of them are run for a place.
+    many = plan.mode == "blend" and all(n >= _PARTS[axes] * s for n, s in zip(plan.canvas, sight.step, strict=True))
     # Of the network's grid; on the scene's it may only be near.
     steps = zip(sight.step if many else sight.stride, plan.grid.shape, plan.canvas, strict=True)
     unit = [max(1, s * n // m) for s, n, m in steps]

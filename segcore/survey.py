@@ -141,7 +141,7 @@ def survey(job: Job, core: tuple[int, ...] | None = None) -> Prospect:
 
     def plan_with(runner: Runner, core: tuple[int, ...] | None) -> Plan:
         measured = job.settings.tolerance is not None
-        cost = model.card.cost(runner, model.weights_bytes, job.settings.precision, job.settings.engine)
+        cost = model.card.cost(runner, model.weights_bytes, job.settings.precision)
         stages, precision = _stages_of(model, canvas), job.settings.precision
         if stages is not None and runner == "openvino" and precision == "fp32":
             # The card's number is what ONNX Runtime holds, which fills up few channels to sixteen.

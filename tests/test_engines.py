@@ -76,15 +76,27 @@ def test_an_engine_that_says_otherwise_is_not_taken(
 
 
 @pytest.mark.parametrize("shape", [(64, 96), (256, 256)])
-def test_windows_side_by_side_are_those_one_by_one(local: Model, shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("engine", [OpenVinoSegmenter, OnnxSegmenter])
+@pytest.mark.parametrize("threads", [2, 5])
+def test_windows_side_by_side_are_those_one_by_one(
+    local: Model, engine: type[OpenVinoSegmenter | OnnxSegmenter], threads: int, shape: tuple[int, int]
+) -> None:
     path = local.weights()[1]
     windows = noise((3, 1, *shape))
-    one, several = OpenVinoSegmenter(path, 2), OpenVinoSegmenter(path, 2, 2)
+    one, several = engine(path, threads), engine(path, threads, 2)
     assert (one.batch, several.batch) == (1, 2)
     expected = np.concatenate([one(window[None]) for window in windows])
     assert np.array_equal(several(windows), expected)
     assert np.array_equal(several(windows[:1]), expected[:1])
-    assert np.allclose(expected, OnnxSegmenter(path, 2)(windows), atol=1e-5 * np.abs(expected).max())
+    (other,) = {OpenVinoSegmenter, OnnxSegmenter} - {engine}
+    assert np.allclose(expected, other(path, 2, 2)(windows), atol=1e-5 * np.abs(expected).max())
+
+
+def test_what_goes_wrong_side_by_side_is_said(local: Model) -> None:
+    several = OnnxSegmenter(local.weights()[1], 2, 2)
+    with pytest.raises(ModelError, match="ONNX Runtime failed on a batch of shape"):
+        several(noise((2, 3, 64, 64)))
+    assert several(noise((2, 1, 64, 64))).shape[0] == 2
 
 
 def test_pieces_say_what_the_whole_says_bit_for_bit(local: Model) -> None:

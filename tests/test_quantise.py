@@ -30,7 +30,7 @@ from segcore.model.probe import noise
 from segcore.model.quantise import Quantised, find_quantised, keep_quantised, quantise
 from segcore.model.segmenter import Segmenter
 from segcore.model.staged import CroppedSegmenter, StagedSegmenter
-from segcore.precision import Proof, _by_itself, _cells
+from segcore.precision import Proof, _cells
 from segcore.scene import check_seams, segment_scene, survey
 from segcore.spec import Job, Precision, Settings
 from segcore.staging import ONE_PASS, Staging
@@ -258,11 +258,13 @@ def test_end_to_end(river: Path, windowed: Path, tmp_path: Path, cache: Path, wo
     assert taken.state == "done"
 
 
-def test_places_are_whole_windows_in_blend_mode(river: Path, windowed: Path, tmp_path: Path) -> None:
-    plan = _by_itself(survey(job(river, windowed, tmp_path, mode="blend", precision="fp32")).plan)
+def test_places_lie_as_windows_do_in_blend_mode(river: Path, windowed: Path, tmp_path: Path) -> None:
+    """Windows of 64 every 32 pixels: a place of 64 is made of three along an axis, and elsewhere of four."""
+    plan = survey(job(river, windowed, tmp_path, mode="blend", precision="fp32")).plan
     tiles = [plan.tile_of(box) for box in _cells(plan)]
     assert len(tiles) == 4 * 5
-    assert all(tile.windows == (tile.core,) for tile in tiles)
+    assert {tile.core.shape for tile in tiles} == {(64, 64)}
+    assert max(len(tile.windows) for tile in tiles) == 3 * 3
 
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=needs_bf16)])

@@ -105,12 +105,13 @@ def _load_onnx(model: Model, path: Path, threads: int, staging: Staging | None, 
     """An ONNX file in the engine that is asked for, or in the quicker one."""
     from segcore.model.onnx import OnnxPart, OnnxSegmenter
 
-    card, usual = model.card, OnnxSegmenter(path, threads)
+    card, streams = model.card, _streams(model.card, threads)
+    usual = OnnxSegmenter(path, threads, streams)
     if runner_of(model, engine) == "openvino" and (engine == "openvino" or "CPU" in usual.engine):
         try:
             from segcore.model.openvino import OpenVinoPart, OpenVinoSegmenter
 
-            quicker = OpenVinoSegmenter(path, threads, _streams(card, threads))
+            quicker = OpenVinoSegmenter(path, threads, streams)
             prove_once(lambda: _compare(usual, quicker, card), "engines", model.digest, usual.engine, quicker.engine)
             return _in_stages(model, path, quicker, OpenVinoPart, threads, staging)
         except MemoryShortageError:
@@ -263,7 +264,7 @@ def _load_int8(model: Model, path: Path, quantised: Quantised, threads: int) -> 
         raise ModelError(f"{quantised.path}: {error.strerror or error}; run the scene again", retryable=True) from error
     if found != quantised.sha256:
         raise ModelError(f"{quantised.path} is not the network that was proved; remove it and run the scene again")
-    plain = OpenVinoSegmenter(quantised.path, threads)
+    plain = OpenVinoSegmenter(quantised.path, threads, _streams(model.card, threads))
     if plain.network.inputs == 1:
         return plain
     from segcore.model.staged import CroppedSegmenter

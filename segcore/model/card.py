@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, f
 
 from segcore.errors import CardError, ModelError, PlanError, one_line
 from segcore.files import sha256_of
-from segcore.spec import STREAMS, Cost, Engine, Precision, Runner, Sides, Sight, Weights
+from segcore.spec import STREAMS, Cost, Precision, Runner, Sides, Sight, Weights
 
 _BUILT_IN = Path(__file__).parent / "cards"
 #: What a network holds in bf16 or int8, relative to fp32 (measured: 0.46 to 0.57 in one pass; where it can be cropped
@@ -212,19 +212,14 @@ class Card(_Strict):
         """Whether a network with a single output will do: the score of class 1, behind a sigmoid."""
         return self.activation == "sigmoid" and len(self.classes) == 2
 
-    def cost(
-        self,
-        runner: Runner = "onnxruntime",
-        weights: int = 0,
-        precision: Precision = "fp32",
-        engine: Engine = "auto",
-    ) -> Cost:
-        """What a pixel costs the planner, the network run in this; `weights`: bytes of its file; `engine`: of fp32."""
-        whole, channels, classes = self.bytes_per_pixel, len(self.channels), len(self.classes)
-        streams = STREAMS if not self.local and "openvino" in (runner if precision == "fp32" else "", engine) else 1
+    def cost(self, runner: Runner = "onnxruntime", weights: int = 0, precision: Precision = "fp32") -> Cost:
+        """What a pixel costs the planner, the network run in this; `weights`: bytes of its file."""
+        channels, classes = len(self.channels), len(self.classes)
+        # Several windows are run side by side, unless torch runs them.
+        whole = self.bytes_per_pixel * (STREAMS if not self.local and runner != "torch" else 1)
         if precision == "fp32":
-            return Cost(channels, classes, streams * whole, runner, weights)
-        return Cost(channels, classes, _SHORT * whole, runner, weights, streams * whole, _SHORT)
+            return Cost(channels, classes, whole, runner, weights)
+        return Cost(channels, classes, _SHORT * whole, runner, weights, whole, _SHORT)
 
 
 class Model:

@@ -102,7 +102,7 @@ class OpenVinoSegmenter:
 
     def __init__(self, path: Path, threads: int, streams: int = 1, precision: Precision = "fp32") -> None:
         """`streams`: how many windows are run side by side, each on its share of the threads; `precision`: of an ONNX
-        file. In bfloat16 all sums are kept in float32.
+        file. In bfloat16 all sums are kept in float32. A network in int8 of several inputs is run by its `network`.
         """
         if precision == "bf16" and "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             raise ModelError(
@@ -114,7 +114,7 @@ class OpenVinoSegmenter:
             if path.suffix == ".zip":
                 with zipfile.ZipFile(path) as archive:
                     model, weights = archive.read("network.xml"), archive.read("network.bin")
-                self.network = OpenVinoPart(model, threads, weights=weights)
+                self.network = OpenVinoPart(model, threads, weights=weights, streams=streams)
             else:
                 floats = "bf16" if precision == "bf16" else "f32"
                 self.network = OpenVinoPart(path.read_bytes(), threads, streams=streams, floats=floats)
