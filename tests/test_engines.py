@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -194,3 +197,24 @@ def test_a_batch_that_fails_leaves_the_engine_usable(local: Model) -> None:
     with pytest.raises(ModelError, match="OpenVINO failed on a batch"):
         segmenter.network.run_all([[good], [noise((1, 3, 64, 64))]])
     assert segmenter(good).shape == (1, 3, 256, 256)
+
+
+def test_nobody_is_told(local: Model, tmp_path: Path) -> None:
+    """Engines would report their use to their makers, and note in the user's home as whom."""
+    script = f"""
+from importlib.util import find_spec
+from segcore.model import load_segmenter
+from segcore.model.card import load_card
+for engine in ("onnxruntime", "openvino"):
+    print(load_segmenter(load_card({str(local.folder)!r}), 1, engine=engine).engine)
+if find_spec("nncf"):
+    import nncf
+"""
+    # Not as in CI, where they are silent by themselves.
+    environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+    ended = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert [line.split()[0] for line in ended.stdout.splitlines()] == ["onnxruntime", "openvino"]
+    assert {path.relative_to(tmp_path).parts[:2] for path in tmp_path.rglob("*") if path.is_file()} == {
+        (".cache", "segflow")
+    }
