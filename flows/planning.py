@@ -76,6 +76,7 @@ def plan(
     )
     check_memory(settings.memory)
     prospect = survey(Job(product_name(uris[0]), uris[0], model, out, settings))
+    prospect.model.weights()  # what a run would refuse
     speed = calibrate(prospect) if calibrated else prospect.speed
     facts = _facts(prospect, speed, workers or 0, calibrated)
     if as_json:

@@ -62,6 +62,8 @@ def lines(found: Status, at: float) -> Iterator[str]:
         yield f"warning     {warning}"
     for entry in found.failures:
         yield f"failed      {entry.scene}: {entry.reason}"
+    if (more := found.counts.get("failed", 0) - len(found.failures)) > 0:
+        yield f"failed      and {more} more; `segflow report` lists them all"
 
 
 def _sentence(found: Status) -> str:

@@ -462,14 +462,14 @@ def _with_memory(plan: Plan, cost: Cost, stages: Stages | None, staging: Staging
         window = plan._window(tuple(r[0] for r in ranges))
         hull = window | plan._window(tuple(r[-1] for r in ranges))
         count = prod(map(len, ranges))
-    # What one tile is read from, and the physical values of all; a hull of its own where these are not what is shown.
-    as_read = plan.mode != "blend" and plan.rescale.identity
+    # What a tile is read from, and the physical values of it; what is shown, where that is padded or interpolated.
+    blended, native = plan.mode == "blend", plan.rescale.identity
     in_flight = min(TILES_IN_FLIGHT, len(plan))
-    array = 4 * cost.channels * (plan._read(hull).size + (0 if as_read else 2 * hull.size))
+    array = 4 * cost.channels * (plan._read(hull).size + hull.size * (blended if native else 2))
     reading = 8 * cost.channels * plan._read(hull).size
     # What the engine gives back, the scores of it, and those on the scene's grid; labels, and what is valid.
-    scores = 4 * cost.classes * (window.size + target.size + (0 if as_read else target.size + core.size))
-    scores += 3 * core.size
+    made = target.size * (blended if native else 1) + (0 if native else core.size)
+    scores = 4 * cost.classes * (window.size + target.size + made) + 3 * core.size
     engine, relative = int(cost.engine_bytes_per_pixel * window.size), 1.0
     if stages is not None and staging is not None:
         wanted = target.shift([-start for start in window.start])
@@ -482,6 +482,10 @@ def _with_memory(plan: Plan, cost: Cost, stages: Stages | None, staging: Staging
         process += _HOLES[cost.runner] + (0 if plan.thrifty else _MORE_HOLES)
     process += PART_BYTES * staging.levels if staging is not None and cost.runner != "openvino" else 0
     labelling = in_flight * (array + scores + 500 * count) + reading + engine
+    if in_flight == 1:
+        # Nothing is read while it is inferred; and what stages give back is what they have counted.
+        given = 4 * cost.classes * window.size if staging is not None and staging.levels else 0
+        labelling = array + max(reading, scores + 500 * count + engine - given)
     proving = int(cost.proof_bytes_per_pixel * (window.size if plan.mode == "blend" else min(window.size, _PROVED)))
     memory = process + max(labelling, array + scores + proving)
     return replace(plan, memory=memory, staging=staging, staged_work=relative)

@@ -90,7 +90,7 @@ class Proof:
             raise ModelError(
                 f"model {model} in {name} gives {self.agreement:.4%} of the labels that it gives in fp32 "
                 f"({self.pixels} pixels at {self.places} places of the scene), and {limit:.4%} is wanted{made}; leave "
-                f"--precision {name} out, or accept less with --agreement {self.agreement - 5e-5:.4f}"
+                f"--precision {name} out, or accept less, there, with --agreement {self.agreement - 5e-5:.4f}"
             )
 
 

@@ -31,11 +31,13 @@ from segcore.ledger import (
 STALE_SECONDS = 60.0
 #: A process may be this many seconds older than what its run says of its start.
 _SLACK_SECONDS = 5.0
+#: Three heartbeats: so long a run whose process is not to be seen may be in another container of the same name.
+_GONE_SECONDS = 15.0
 #: How many of the scenes that ended last tell how fast the run is now, and how many failures are named.
 _RECENT, _LAST_FAILURES = 200, 5
 
 Phase = Literal["running", "ended", "died", "silent"]
-"""`died`: no heartbeat for a minute, and its process is gone. `silent`: no heartbeat, and nobody here can tell why."""
+"""`died`: no heartbeat for 15 s, and its process is gone. `silent`: none for a minute, and nobody here can tell why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,12 +150,12 @@ def _phase(run: Mapping[str, Any], moment: float) -> tuple[Phase, float | None]:
     age = max(0.0, moment - beat) if beat is not None else None
     if run.get("ended") or run.get("exit_code") is not None:
         return "ended", age
-    if age is not None and age <= STALE_SECONDS:
+    if age is not None and age <= _GONE_SECONDS:
         return "running", age
     pid = run.get("pid")
     if isinstance(pid, int) and run.get("host") == platform.node() and not _alive(pid, seconds_of(run.get("started"))):
         return "died", age
-    return "silent", age
+    return "running" if age is not None and age <= STALE_SECONDS else "silent", age
 
 
 def _alive(pid: int, began: float | None) -> bool:

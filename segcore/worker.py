@@ -143,6 +143,7 @@ class Bench(WorkerPlugin):  # type: ignore[misc]
         self._active: Counter[str] = Counter()
         self._deadlines: dict[int, float] = {}
         self._labelled = 0
+        self._thrifty = False
         # Scenes of different size have plans, and networks, of their own.
         self._device, self._last = threading.Lock(), list[Segmenter]()
         self._nowhere = Path(os.devnull).open("w")  # noqa: SIM115 (as long as the process)
@@ -175,6 +176,7 @@ class Bench(WorkerPlugin):  # type: ignore[misc]
     def labeller(self, recipe: Recipe) -> Labeller:
         """What labels the tiles of a recipe here."""
         segmenter = self.segmenter(recipe)
+        self._thrifty = self._thrifty or recipe.plan.thrifty
         return Labeller(recipe.plan, recipe.model.card, recipe.source, recipe.scaling, segmenter)
 
     def tidy(self, pixels: int) -> None:
@@ -225,11 +227,21 @@ class Bench(WorkerPlugin):  # type: ignore[misc]
         return key in self._stopped
 
     def stop(self, key: str) -> int:
-        """End a pass; returns how many of its batches are still under way."""
+        """End a pass; returns how many of its batches are still under way.
+
+        Where memory is tight, and no other pass is under way, the network gives back what it keeps: products are
+        written next, and often by this process.
+        """
         with self._lock:
             self._stopped.add(key)
             self._recipes.pop(key, None)
-            return self._active[key]
+            active, busy = self._active[key], any(self._active.values())
+        if self._thrifty and not busy and self._device.acquire(blocking=False):
+            try:
+                _give_back(self._last)
+            finally:
+                self._device.release()
+        return active
 
 
 def _open(packed: bytes) -> Recipe:

@@ -17,15 +17,18 @@ from conftest import save_local_unet, segflow_command
 from rasterio.transform import from_origin
 from rasterio.windows import Window
 
+import segcore.scene
+from segcore.execute import Workers
 from segcore.grid import Grid
 from segcore.io import open_scene
 from segcore.model import load_segmenter, open_network
 from segcore.model.card import load_card
 from segcore.model.memory import bytes_per_pixel
+from segcore.model.openvino import OpenVinoSegmenter
 from segcore.model.probe import probe
 from segcore.plan import make_plan
 from segcore.scaling import fit_scaling
-from segcore.spec import Settings
+from segcore.spec import Job, Settings
 from segcore.survey import wanted_by
 from segcore.tile import Labeller
 
@@ -160,3 +163,30 @@ def in_one_pass(scene: Path, model: Path) -> np.ndarray:
     assert plan.staging is None
     scaling = fit_scaling(loaded.card.scaling, source)
     return Labeller(plan, loaded.card, source, scaling, load_segmenter(loaded, 2))(plan.tile((0, 0))).labels
+
+
+def test_tight_memory_is_given_back_before_a_product_is_written(
+    tmp_path: Path, workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the same process, whose network keeps arrays from tile to tile."""
+    events = list[str]()
+
+    def tell(owner: object, name: str) -> None:
+        function = getattr(owner, name)
+
+        def told(*arguments: Any, **options: Any) -> Any:
+            events.append(name)
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, told)
+
+    tell(OpenVinoSegmenter, "release")
+    tell(OpenVinoSegmenter, "__call__")
+    tell(segcore.scene, "publish")
+    model = save_local_unet(tmp_path / "unet", "yx", ("red",))
+    path = tmp_path / "scene.tif"
+    with rasterio.open(path, "w", driver="GTiff", width=300, height=300, count=1, dtype="float32") as target:
+        target.write(np.random.default_rng(0).random((1, 300, 300)).astype(np.float32))
+        target.descriptions = ("red",)
+    segcore.scene.segment_scene(Job("a", str(path), str(model), str(tmp_path), Settings(memory=2**30)), workers)
+    assert events[-3:] == ["__call__", "release", "publish"]

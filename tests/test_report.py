@@ -336,8 +336,9 @@ def test_status_of_a_run_that_is_gone(running: Path) -> None:
 
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    assert phase(BEAT + 59, pid=gone.pid) == "running"
-    assert phase(BEAT + 61, pid=gone.pid) == "died"
+    assert phase(BEAT + 14, pid=gone.pid) == "running"
+    assert phase(BEAT + 16, pid=gone.pid) == "died"
+    assert phase(BEAT + 59, pid=gone.pid, host="another host") == "running"
     assert phase(BEAT + 61, pid=gone.pid, host="another host") == "silent"
     alive = {"pid": os.getpid(), "started": now(), "heartbeat": now()}
     later = (seconds_of(alive["heartbeat"]) or 0) + 61

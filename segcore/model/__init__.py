@@ -125,7 +125,7 @@ def _load_onnx(model: Model, path: Path, threads: int, staging: Staging | None, 
 
 def _streams(card: Card, threads: int) -> int:
     """How many windows are run side by side: those of one size are small, and their layers too small for all threads"""
-    return 1 if card.local else min(threads, STREAMS)
+    return min(threads, STREAMS) if card.fixed_window else 1
 
 
 def _in_stages(

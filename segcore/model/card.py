@@ -216,7 +216,7 @@ class Card(_Strict):
         """What a pixel costs the planner, the network run in this; `weights`: bytes of its file."""
         channels, classes = len(self.channels), len(self.classes)
         # Several windows are run side by side, unless torch runs them.
-        whole = self.bytes_per_pixel * (STREAMS if not self.local and runner != "torch" else 1)
+        whole = self.bytes_per_pixel * (STREAMS if self.fixed_window and runner != "torch" else 1)
         if precision == "fp32":
             return Cost(channels, classes, whole, runner, weights)
         return Cost(channels, classes, _SHORT * whole, runner, weights, whole, _SHORT)

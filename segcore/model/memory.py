@@ -51,13 +51,15 @@ def _measure_memory() -> None:
     """The child of `bytes_per_pixel`: what is held at the peak over the process at rest, in bytes, for each shape."""
     request = json.load(sys.stdin)
     segmenter = load_segmenter(load_card(request["model"]), usable_cores(), engine="onnxruntime")
-    images = [np.full((1, request["channels"], *shape), 0.5, np.float32) for shape in request["shapes"]]
+    # As many as are run side by side.
+    count = segmenter.batch
+    images = [np.full((count, request["channels"], *shape), 0.5, np.float32) for shape in request["shapes"]]
     rest, peaks = _held("VmRSS"), []
     for image in images:
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
         segmenter(image)
-        peaks.append(_held("VmHWM") - rest)
+        peaks.append((_held("VmHWM") - rest) / count)
     sys.stdout.write(json.dumps(peaks))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,15 +28,32 @@ def session_options(threads: int) -> onnxruntime.SessionOptions:
     return options
 
 
+def _last() -> onnxruntime.RunOptions:
+    """Of a run after which the arena is given back."""
+    options = onnxruntime.RunOptions()
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    return options
+
+
 class OnnxSegmenter:
     """An ONNX file with one input and one output, in float32. Raises ModelError where it does not load."""
 
     def __init__(self, path: Path, threads: int, streams: int = 1) -> None:
-        """`streams`: how many windows are run side by side on a CPU, sharing the threads. One alone has all of them."""
-        self._path, self._threads = path, threads
-        # Of several each brings a thread of its own. These need not wait for one another, as those of one window do
-        # after every layer: if another program has a core, that takes twice the time.
-        self._session = self._load(threads - streams + 1)
+        """`streams`: how many windows, all of one size, are run side by side on a CPU, sharing the threads."""
+        available = onnxruntime.get_available_providers()
+        # TF32 keeps 10 bits of a float32: too few for the scores of tiles to be those of the whole.
+        options_of = {"CUDAExecutionProvider": {"use_tf32": 0}, "CPUExecutionProvider": {}}
+        providers = [(name, given) for name, given in options_of.items() if name in available]
+        # Each of several brings a thread of its own. These need not wait for one another, as those of one window do
+        # after every layer: where another program has a core, that takes twice the time.
+        options = session_options(threads - streams + 1)
+        # It does not grow where all are of one size; without it each thread's heap keeps what both of them need.
+        options.enable_cpu_mem_arena = streams > 1
+        try:
+            # From bytes, so that weights in files beside it, for which no digest vouches, are not found.
+            self._session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=providers)
+        except Exception as error:  # onnxruntime's exceptions share no base but Exception
+            raise ModelError(f"{path} does not load in ONNX Runtime: {one_line(error)}") from error
         inputs = self._session.get_inputs()
         if len(inputs) != 1 or inputs[0].type != "tensor(float)":
             found = ", ".join(f"{i.name}: {i.type}" for i in inputs)
@@ -54,35 +70,27 @@ class OnnxSegmenter:
         self.engine = f"onnxruntime {onnxruntime.__version__} ({on})"
         self.batch = streams if on.startswith("CPU") else 16
         self._crew = ThreadPoolExecutor(streams) if self.batch == streams > 1 else None
-        self._alone = None if self._crew else self._session
+        #: Shape of the windows that fill the arena.
+        self._shown: tuple[int, ...] | None = None
 
     def __call__(self, batch: Floats, wanted: Box | None = None) -> Floats:
-        if len(batch) > 1 and self._crew is not None:
-            return np.concatenate(list(self._crew.map(partial(self._run, self._session), np.split(batch, len(batch)))))
-        if self._alone is None:
-            self._alone = self._load(self._threads)
-        return self._run(self._alone, batch)
+        if self._crew is None:
+            return self._run(batch)
+        self._shown = batch.shape[1:]
+        return np.concatenate(list(self._crew.map(self._run, np.split(batch, len(batch)))))
 
-    def _run(self, session: onnxruntime.InferenceSession, batch: Floats) -> Floats:
+    def _run(self, batch: Floats, options: onnxruntime.RunOptions | None = None) -> Floats:
         try:
-            out = session.run([self._output], {self._input: batch})[0]
+            out = self._session.run([self._output], {self._input: batch}, options)[0]
         except Exception as error:
             raise failure("ONNX Runtime", f"a batch of shape {batch.shape}", one_line(error)) from error
         return np.asarray(out, dtype=np.float32)
 
-    def _load(self, threads: int) -> onnxruntime.InferenceSession:
-        available = onnxruntime.get_available_providers()
-        # TF32 keeps 10 bits of a float32: too few for the scores of tiles to be those of the whole.
-        options_of = {"CUDAExecutionProvider": {"use_tf32": 0}, "CPUExecutionProvider": {}}
-        providers = [(name, given) for name, given in options_of.items() if name in available]
-        try:
-            # From bytes, so that weights in files beside it, for which no digest vouches, are not found.
-            return onnxruntime.InferenceSession(self._path.read_bytes(), session_options(threads), providers=providers)
-        except Exception as error:  # onnxruntime's exceptions share no base but Exception
-            raise ModelError(f"{self._path} does not load in ONNX Runtime: {one_line(error)}") from error
-
     def release(self) -> None:
-        """There is nothing to give back: it has no arena."""
+        """Give back the arena: that is done at the end of a run, for which one window of nothing has to do."""
+        if self._shown is not None:
+            nothing, self._shown = np.zeros((1, *self._shown), np.float32), None
+            self._run(nothing, _last())
 
 
 class OnnxPart:
@@ -104,9 +112,7 @@ class OnnxPart:
             raise ModelError(f"a part of the network does not load in ONNX Runtime: {one_line(error)}") from error
 
     def __call__(self, given: Sequence[Floats | Integers], last: bool = False) -> Floats:
-        options = onnxruntime.RunOptions()
-        if last and self._keeps:
-            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        options = _last() if last and self._keeps else None
         names = (declared.name for declared in self._session.get_inputs())
         inputs = {name: np.ascontiguousarray(array) for name, array in zip(names, given, strict=True)}
         try:

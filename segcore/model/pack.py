@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from segcore.errors import CardError, ModelError, SegcoreError, one_line
 from segcore.files import sha256_of
@@ -302,7 +302,7 @@ def _write_export(folder: Path, export: Callable[[], torch.export.ExportedProgra
 def _write_safetensors(folder: Path, module: torch.nn.Module, network: NetworkClass) -> Artifact:
     path = folder / "model.safetensors"
     # Tensors that share their memory are written once each: safetensors does not take them otherwise.
-    save_file({name: tensor.clone().contiguous() for name, tensor in module.state_dict().items()}, path)
+    path.write_bytes(save({name: tensor.clone().contiguous() for name, tensor in module.state_dict().items()}))
     return Artifact(format="safetensors", path=path.name, sha256=sha256_of(path), network=network)
 
 
