@@ -17,7 +17,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextvars import copy_context
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +221,8 @@ class Archive:
         label = self.label_alone if visit.alone and self.label_alone is not None else self.label
         found: Outcome | Exception
         try:
-            found = label(visit.job, self._progress)
+            alone = visit.alone or self.limits.at_once(len(self.jobs)) == 1
+            found = label(replace(visit.job, alone=alone), self._progress)
         except Exception as error:
             found = error
         self._ended.put((visit, found, time.monotonic() - began))

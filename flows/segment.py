@@ -256,4 +256,4 @@ def _claim() -> None:
 
 def _job(fields: dict[str, Any]) -> Job:
     settings = Settings.from_json(fields["settings"])
-    return Job(fields["name"], fields["uri"], fields["model"], fields["out"], settings)
+    return Job(fields["name"], fields["uri"], fields["model"], fields["out"], settings, fields["alone"])

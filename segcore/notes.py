@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from typing import Any
-from uuid import uuid4
 
-from segcore.files import cache_folder
+from segcore.files import cache_folder, write_text
 
 
 class Notes:
@@ -31,10 +29,8 @@ class Notes:
         known[key] = value
         with contextlib.suppress(OSError, RuntimeError):  # a user without a home
             folder = cache_folder()
-            partial = folder / f".{self._name}.{uuid4().hex}.partial"
             folder.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(dict(list(known.items())[-self._most :])))
-            os.replace(partial, folder / self._name)
+            write_text(folder / self._name, json.dumps(dict(list(known.items())[-self._most :])))
 
     def _read(self) -> dict[str, Any]:
         with contextlib.suppress(OSError, ValueError, RuntimeError):

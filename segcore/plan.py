@@ -261,6 +261,7 @@ def make_plan(
     measured: bool = False,
     stages: Stages | None = None,
     in_chunks: bool = True,
+    alone: bool = True,
 ) -> Plan:
     """The tiling of a scene that fits `memory` bytes with the least work, or with cores of this shape.
 
@@ -268,7 +269,8 @@ def make_plan(
     one with a window, however small the scene: what a network that is not local says depends on what it sees, and
     that must not depend on memory. A network that is neither, or that is asked for exact mode, is run on the whole
     scene in one piece. `measured`: the reach is not the network's own, but one that will do. `stages`: how the network
-    can be run in stages, in exact mode; `in_chunks`: whether also in more than one pass. Raises PlanError, with the
+    can be run in stages, in exact mode; `in_chunks`: whether also in more than one pass; `alone`: whether a process has
+    no tiles of other scenes under way. Raises PlanError, with the
     numbers, for what cannot work.
     """
     chosen = _choose_mode(sight, mode, measured)
@@ -287,7 +289,8 @@ def make_plan(
 
     def plan_of(core: tuple[int, ...], thorough: bool = True) -> Plan:
         """With the way to run its windows that takes the least work in this memory, or else the least memory."""
-        plain = _with_memory(Plan(grid, canvas, sight, chosen, core, 0, thrifty=memory < _TIGHT), cost, None)
+        tiling = Plan(grid, canvas, sight, chosen, core, 0, thrifty=memory < _TIGHT)
+        plain = _with_memory(tiling, cost, alone)
         if stages is None or chosen != "exact" or whole_only:
             return plain
         if (
@@ -296,7 +299,7 @@ def make_plan(
         ):
             return plain  # what the tile holds beside the network is too much already
         stagings = _stagings(plain, stages) if in_chunks else [ONE_PASS]
-        ways = [plain, *(_with_memory(plain, cost, stages, staging) for staging in stagings)]
+        ways = [plain, *(_with_memory(plain, cost, alone, stages, staging) for staging in stagings)]
         fitting = [way for way in ways if way.memory <= memory]
         return (
             min(fitting, key=lambda way: way.staged_work * way.pace(cost.runner))
@@ -446,7 +449,9 @@ def _stagings(plan: Plan, stages: Stages) -> Iterator[Staging]:
     return stages.choices(plan._halo_window(_middle(plan)).shape)
 
 
-def _with_memory(plan: Plan, cost: Cost, stages: Stages | None, staging: Staging | None = None) -> Plan:
+def _with_memory(
+    plan: Plan, cost: Cost, alone: bool, stages: Stages | None = None, staging: Staging | None = None
+) -> Plan:
     """The plan with its predicted memory, its windows run in these stages.
 
     Bytes of one worker process at its peak: arrays of the tiles under way, and one window in the engine. Sizes only:
@@ -464,8 +469,9 @@ def _with_memory(plan: Plan, cost: Cost, stages: Stages | None, staging: Staging
         count = prod(map(len, ranges))
     # What a tile is read from, and the physical values of it; what is shown, where that is padded or interpolated.
     blended, native = plan.mode == "blend", plan.rescale.identity
-    in_flight = min(TILES_IN_FLIGHT, len(plan))
-    array = 4 * cost.channels * (plan._read(hull).size + hull.size * (blended if native else 2))
+    in_flight = min(TILES_IN_FLIGHT, len(plan)) if alone else TILES_IN_FLIGHT
+    padded = blended or hull not in Box.of(plan.canvas)
+    array = 4 * cost.channels * (plan._read(hull).size + hull.size * (padded if native else 2))
     reading = 8 * cost.channels * plan._read(hull).size
     # What the engine gives back, the scores of it, and those on the scene's grid; labels, and what is valid.
     made = target.size * (blended if native else 1) + (0 if native else core.size)

@@ -42,7 +42,7 @@ class Proof:
     `agreement`: share of its labels that are those of fp32, of `pixels` valid pixels at `places` that it was not
     calibrated on; `of_class`, `kept`: how many of these fp32 gives each class, and how many of them it gives it, too;
     `calibration`, `sha256`: which network in int8 it was, None of others; `engine`: what ran it; `speed`: seconds of
-    fp32 over its own, for the same pixels; `precision`: its numbers.
+    fp32 over its own, for the same pixels, by the workers that had them; `precision`: its numbers.
     """
 
     agreement: float
@@ -223,7 +223,9 @@ def _cells(plan: Plan) -> Iterator[Box]:
     """Disjoint boxes in the scene, in multiples of the stride, in an order by chance that is always the same."""
     axes, sight = len(plan.canvas), plan.sight
     # Where there are many windows they lie as these do, so that fewer of them are run for a place.
-    many = plan.mode == "blend" and all(n >= _PARTS[axes] * s for n, s in zip(plan.canvas, sight.step, strict=True))
+    many = plan.mode == "blend" and all(
+        s <= min(_SIDE[axes], n // _PARTS[axes]) for n, s in zip(plan.canvas, sight.step, strict=True)
+    )
     # Of the network's grid; on the scene's it may only be near.
     steps = zip(sight.step if many else sight.stride, plan.grid.shape, plan.canvas, strict=True)
     unit = [max(1, s * n // m) for s, n, m in steps]

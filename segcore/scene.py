@@ -207,7 +207,7 @@ def _segment(
             raise
         if guard.holds():
             empty(prospect.hidden)
-    if kept == 0:
+    if kept == 0 and (job.alone or prospect.speed is None):  # beside others it waits for them, too
         rest = time.perf_counter() - began - (labelled - prepared)
         speed = Speed((labelled - prepared) / prospect.computed, rest / source.grid.size)
         remember(prospect.speed_key, speed)

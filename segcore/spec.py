@@ -27,7 +27,7 @@ Sides = tuple[tuple[int, int], ...]
 
 #: Difference of scores that counts as none (law 2): engines may choose their arithmetic by the size of a window.
 SAME_SCORES = 1e-4
-#: Windows that OpenVINO has under way at once, each on its share of the threads, where they are small.
+#: Windows that an engine has under way at once, each on its share of the threads, where they are small.
 STREAMS = 2
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -231,13 +231,17 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One scene to label: name of its product, URI, model (name or folder), output folder and settings."""
+    """One scene to label: name of its product, URI, model (name or folder), output folder and settings.
+
+    `alone`: whether no other scene is labelled beside it, by the same processes.
+    """
 
     name: str
     uri: str
     model: str
     out: str
     settings: Settings = field(default_factory=Settings)
+    alone: bool = True
 
 
 def usable_cores() -> int:

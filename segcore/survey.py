@@ -158,6 +158,7 @@ def survey(job: Job, core: tuple[int, ...] | None = None) -> Prospect:
             measured=measured,
             stages=stages,
             in_chunks=precision != "int8",
+            alone=job.alone,
         )
 
     # With what a run was interrupted that is gone on with if it can be, whatever memory is free today.

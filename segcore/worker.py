@@ -18,7 +18,7 @@ from typing import Generic, TypeVar
 from distributed import Worker, WorkerPlugin, get_worker
 
 from segcore.box import Box
-from segcore.errors import MemoryShortageError
+from segcore.errors import MemoryShortageError, ModelError
 from segcore.io.scratch import Scratch
 from segcore.io.source import Source
 from segcore.machine import keep_heap_small, release_memory
@@ -238,7 +238,8 @@ class Bench(WorkerPlugin):  # type: ignore[misc]
             active, busy = self._active[key], any(self._active.values())
         if self._thrifty and not busy and self._device.acquire(blocking=False):
             try:
-                _give_back(self._last)
+                with contextlib.suppress(ModelError):  # which is told where the network is run next
+                    _give_back(self._last)
             finally:
                 self._device.release()
         return active

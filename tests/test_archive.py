@@ -44,12 +44,13 @@ class Fake:
     """Labels scenes by their names, and notes which it labelled, side by side with how many."""
 
     def __init__(self, seconds: float = 0.0) -> None:
-        self.seconds, self.names, self.most = seconds, list[str](), 0
+        self.seconds, self.names, self.most, self.alone = seconds, list[str](), 0, set[bool]()
         self._inside, self._lock, self.drained = 0, threading.Lock(), threading.Event()
 
     def __call__(self, job: Job, progress: Callable[[str, int, int], None]) -> Outcome:
         with self._lock:
             self.names.append(job.name)
+            self.alone.add(job.alone)
             self._inside += 1
             self.most = max(self.most, self._inside)
         try:
@@ -150,6 +151,7 @@ def test_what_was_under_way_when_a_run_died_comes_last_and_alone(tmp_path: Path)
     assert sorted(fake.names) == ["a", "b"]
     assert alone.names == ["killer", "beside"]
     assert alone.most == 1
+    assert (alone.alone, fake.alone) == ({True}, {False})
     assert summary.exit_code == 0
     # What a run left that was told to stop is not suspect.
     stopped = run(tmp_path / "stopped", ["a", "b"], Fake(600.0), stop_after=0.5)
@@ -185,6 +187,7 @@ def test_what_failed_before_is_not_in_the_way_of_the_rest(tmp_path: Path) -> Non
     assert run(tmp_path, names, Fake(), max_scenes=2, scenes_at_once=1).counts["failed"] == 2
     run(tmp_path, names, again := Fake(), max_scenes=2, scenes_at_once=1)
     assert again.names == ["a", "b"]
+    assert again.alone == {True}
 
 
 def test_a_scene_that_hangs_is_given_up_and_may_end_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -95,8 +96,23 @@ def test_windows_side_by_side_are_those_one_by_one(
     assert np.allclose(expected, other(path, 2, 2)(windows), atol=1e-5 * np.abs(expected).max())
 
 
-def test_what_goes_wrong_side_by_side_is_said(local: Model) -> None:
+def test_what_goes_wrong_side_by_side_is_said(local: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing is under way any more when it is: whoever is told may try again with less."""
     several = OnnxSegmenter(local.weights()[1], 2, 2)
+    run, ended = several._run, list[str]()
+
+    def slow(window: np.ndarray) -> np.ndarray:
+        if window.any():
+            raise ModelError("no")
+        time.sleep(0.3)
+        ended.append("slow")
+        return run(window)
+
+    with monkeypatch.context() as changed:
+        changed.setattr(several, "_run", slow)
+        with pytest.raises(ModelError, match="no"):
+            several(np.concatenate([noise((1, 1, 64, 64)), np.zeros((1, 1, 64, 64), np.float32)]))
+        assert ended == ["slow"]
     with pytest.raises(ModelError, match="ONNX Runtime failed on a batch of shape"):
         several(noise((2, 3, 64, 64)))
     assert several(noise((2, 1, 64, 64))).shape[0] == 2
@@ -202,9 +218,12 @@ def test_a_batch_that_fails_leaves_the_engine_usable(local: Model) -> None:
 def test_nobody_is_told(local: Model, tmp_path: Path) -> None:
     """Engines would report their use to their makers, and note in the user's home as whom."""
     script = f"""
+import os, sys
 from importlib.util import find_spec
 from segcore.model import load_segmenter
 from segcore.model.card import load_card
+assert os.environ["ORT_DISABLE_TELEMETRY"] == "1"
+assert sys.modules["openvino_telemetry"] is None
 for engine in ("onnxruntime", "openvino"):
     print(load_segmenter(load_card({str(local.folder)!r}), 1, engine=engine).engine)
 if find_spec("nncf"):

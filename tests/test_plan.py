@@ -139,6 +139,19 @@ def test_a_larger_scene_that_fits_is_cut_where_memory_takes_longer_than_halos() 
     assert len(make_plan(grid, grid.shape, seen, cost, LOTS)) == 1
 
 
+def test_what_a_process_holds_of_scenes_side_by_side_is_counted() -> None:
+    """And what is padded, where the stride does not divide a scene: a second image of it."""
+    cost = replace(COST, channels=13)
+
+    def memory(side: int, alone: bool) -> int:
+        grid = Grid("yx", (side, side))
+        return make_plan(grid, grid.shape, Sight((16, 16), REACH), cost, LOTS, core=grid.shape, alone=alone).memory
+
+    image = 4 * 13 * 1600**2
+    assert memory(1600, alone=False) - memory(1600, alone=True) > 2 * image
+    assert memory(1599, alone=True) - memory(1600, alone=True) == pytest.approx(image, rel=0.02)
+
+
 def test_memory_does_not_change_what_a_network_that_is_not_local_sees() -> None:
     grid, sight = Grid("yx", (300, 300)), Sight((16, 16), None, (256, 256), (64, 64))
     for memory in (600 * 2**20, LOTS):

@@ -30,6 +30,7 @@ from segcore.model.probe import noise
 from segcore.model.quantise import Quantised, find_quantised, keep_quantised, quantise
 from segcore.model.segmenter import Segmenter
 from segcore.model.staged import CroppedSegmenter, StagedSegmenter
+from segcore.model.stages import Cut
 from segcore.precision import Proof, _cells
 from segcore.scene import check_seams, segment_scene, survey
 from segcore.spec import Job, Precision, Settings
@@ -335,7 +336,9 @@ def test_only_what_is_wanted_rises_in_bf16(windowed: Path) -> None:
 
 @needs_bf16
 @pytest.mark.parametrize("axes", ["yx", "zyx"])
-def test_stages_in_bf16_say_what_one_pass_says(axes: str, tmp_path: Path, unproved: Path) -> None:
+def test_stages_in_bf16_say_what_one_pass_says(
+    axes: str, tmp_path: Path, unproved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = load_card(str(save_local_unet(tmp_path / "unet", axes, width=8, poolings=2)))
     image = noise((1, 1, *(96, 112, 64)[: len(axes)]))
     exact, plain = load_segmenter(model, 2)(image), load_segmenter(model, 2, precision="bf16")(image)
@@ -345,6 +348,10 @@ def test_stages_in_bf16_say_what_one_pass_says(axes: str, tmp_path: Path, unprov
     # What goes from part to part is float32, in which a number of bfloat16 is what it was.
     assert (staged(image) == plain).all()
     assert 1e-4 < np.abs(plain - exact).max() / np.abs(exact).max() < 0.05
+    monkeypatch.setattr(engines, "_SAME_SHORT", -1.0)  # in these numbers, too
+    monkeypatch.setenv("SEGFLOW_CACHE", str(tmp_path / "another"))
+    with pytest.raises(ModelError, match="other scores in chunks"):
+        load_segmenter(model, 2, Staging(2, (40,) * len(axes)), precision="bf16")
 
 
 @needs_openvino
@@ -403,10 +410,23 @@ def test_only_what_is_wanted_rises(
         assert (low >= 0).all() or np.allclose(high, -low * 127 / 128)
 
     with monkeypatch.context() as changed:  # where it cannot be proved all of a window rises
-        changed.setattr(engines, "_SAME_INT8", -1.0)
+        changed.setattr(engines, "_SAME_SHORT", -1.0)
         changed.setenv("SEGFLOW_CACHE", str(tmp_path / "another"))
         wary = load_segmenter(model, 2, quantised=Quantised(path, sha256, "here"))
         assert (wary(image, wanted) == whole).all()
+    with monkeypatch.context() as changed:  # nor where something is cropped that is seen
+        changed.setenv("SEGFLOW_CACHE", str(tmp_path / "a third"))
+        cropping = Cut.cropping
+
+        def shifted(self: Cut, window: tuple[int, ...], box: Box) -> tuple[Box, list[Any]]:
+            risen, ends = cropping(self, window, box)
+            return risen, ends if risen == Box.of(window) else [end + 2 * (end > 0) for end in ends]
+
+        changed.setattr(Cut, "cropping", shifted)
+        wary = load_segmenter(model, 2, quantised=Quantised(path, sha256, "here"))
+        assert isinstance(wary, CroppedSegmenter)
+        assert not wary.in_part
+    assert made.in_part
     monkeypatch.setattr("segcore.model.stages.find_stages", lambda *_: None)
     with pytest.raises(ModelError, match="made of other parts"):
         load_segmenter(model, 2, quantised=Quantised(path, sha256, "here"))

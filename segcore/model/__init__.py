@@ -6,7 +6,6 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from functools import partial
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,9 +30,9 @@ if TYPE_CHECKING:
 #: Up to what the scores of two engines differ by rounding alone, relative to the largest of them, of networks that are
 #: not local: squeeze-excite makes 2e-4 of it, and bfloat16 would be some 4e-3 off.
 _SAME = 1e-3
-#: The same of one network in int8 in two ways: what is left out was proved in floats, but a float that is rounded
-#: otherwise may make another integer (none was seen).
-_SAME_INT8 = 0.02
+#: The same of one network in bf16 or int8 in two ways: what is left out was proved in floats, but a float that is
+#: rounded otherwise may make another number (none was seen).
+_SAME_SHORT = 0.02
 #: Sides of the windows on which they are compared, by number of axes; networks with many levels want larger ones.
 _SIDES = {1: (64, 128, 256), 2: (64, 128, 256), 3: (32, 64, 128)}
 _LOG = logging.getLogger(__name__)
@@ -71,11 +70,8 @@ def load_segmenter(
             from segcore.model.torch import TorchSegmenter, load_module
 
             segmenter = TorchSegmenter(load_module(artifact, path), threads)
-    if "CUDA" in segmenter.engine:  # which of many, it does not say
-        _confirm(segmenter, model.card)
-    else:
-        numbers = quantised.sha256 if quantised else precision
-        prove_once(lambda: _confirm(segmenter, model.card), "reach", model.digest, segmenter.engine, numbers, staging)
+    numbers = quantised.sha256 if quantised else precision
+    prove_once(lambda: _confirm(segmenter, model.card), "reach", model.digest, segmenter.engine, numbers, staging)
     # What was compared held arrays, and networks of its own.
     segmenter.release()
     release_memory()
@@ -158,9 +154,15 @@ def _in_stages(
         return StagedSegmenter(path, plain, load, threads, channels, staging)
 
     segmenter = staged(load)
-    prove_once(
-        lambda: (staged(exact) if exact else segmenter).prove(path), "stages", model.digest, plain.engine, staging
-    )
+
+    def prove() -> None:
+        if exact is None:
+            segmenter.prove(path)
+        else:
+            staged(exact).prove(path)
+            segmenter.prove(path, _SAME_SHORT)
+
+    prove_once(prove, "stages", model.digest, plain.engine, staging)
     return segmenter
 
 
@@ -234,7 +236,7 @@ def cut_of(model: Model, threads: int) -> Cut | None:
 
     with _tried(model.card):
         cut = find_crops(path, len(model.card.channels), threads)
-        prove_once(prove, "part", model.digest, "OpenVINO", threads, version("openvino"), version("onnxruntime"))
+        prove_once(prove, "part, before it is quantised", model.digest, threads)
         return cut
     return None
 
@@ -277,11 +279,10 @@ def _load_int8(model: Model, path: Path, quantised: Quantised, threads: int) -> 
             f"versions of onnx and onnxruntime on every worker, or remove that file's folder, and run the scene again"
         )
     cropped = CroppedSegmenter(plain.network, cut, plain)
+    with _tried(model.card):  # a part of a window against the same in all of it
+        prove_once(lambda: cropped.prove(quantised.path, cropped, _SAME_SHORT), "part", found, plain.engine)
+        return cropped
     cropped.in_part = False
-    with _tried(model.card):
-        # A part of a window against the same in all of it.
-        prove_once(lambda: cropped.prove(quantised.path, cropped, _SAME_INT8), "part", found, plain.engine)
-        cropped.in_part = True
     return cropped
 
 

@@ -219,7 +219,8 @@ class Card(_Strict):
         whole = self.bytes_per_pixel * (STREAMS if self.fixed_window and runner != "torch" else 1)
         if precision == "fp32":
             return Cost(channels, classes, whole, runner, weights)
-        return Cost(channels, classes, _SHORT * whole, runner, weights, whole, _SHORT)
+        # The network in fp32, which it was compared with, is kept for the next scene.
+        return Cost(channels, classes, _SHORT * whole, runner, 2 * weights, whole, _SHORT)
 
 
 class Model:

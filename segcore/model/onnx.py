@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,13 @@ from segcore.model.probe import Network
 from segcore.model.segmenter import Floats, Integers, Part, Segmenter, failure
 from segcore.spec import times
 
+# Too late where it was imported before, as the environment was not set then; but better than nothing.
+if os.environ.get("ORT_DISABLE_TELEMETRY") != "0":
+    onnxruntime.disable_telemetry_events()
+
 
 def session_options(threads: int) -> onnxruntime.SessionOptions:
-    """How every session is run: on so many threads, silent, and without an arena."""
+    """How a session is run: on so many threads, silent, and by itself without an arena."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -44,6 +49,8 @@ class OnnxSegmenter:
         # TF32 keeps 10 bits of a float32: too few for the scores of tiles to be those of the whole.
         options_of = {"CUDAExecutionProvider": {"use_tf32": 0}, "CPUExecutionProvider": {}}
         providers = [(name, given) for name, given in options_of.items() if name in available]
+        if "CUDAExecutionProvider" in available:
+            streams = 1
         # Each of several brings a thread of its own. These need not wait for one another, as those of one window do
         # after every layer: where another program has a core, that takes twice the time.
         options = session_options(threads - streams + 1)
@@ -77,7 +84,9 @@ class OnnxSegmenter:
         if self._crew is None:
             return self._run(batch)
         self._shown = batch.shape[1:]
-        return np.concatenate(list(self._crew.map(self._run, np.split(batch, len(batch)))))
+        runs = [self._crew.submit(self._run, window) for window in np.split(batch, len(batch))]
+        wait(runs)  # also where one fails: nothing is under way when this ends
+        return np.concatenate([run.result() for run in runs])
 
     def _run(self, batch: Floats, options: onnxruntime.RunOptions | None = None) -> Floats:
         try:
@@ -89,8 +98,8 @@ class OnnxSegmenter:
     def release(self) -> None:
         """Give back the arena: that is done at the end of a run, for which one window of nothing has to do."""
         if self._shown is not None:
-            nothing, self._shown = np.zeros((1, *self._shown), np.float32), None
-            self._run(nothing, _last())
+            self._run(np.zeros((1, *self._shown), np.float32), _last())
+            self._shown = None
 
 
 class OnnxPart:

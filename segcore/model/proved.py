@@ -16,15 +16,33 @@ from pathlib import Path
 
 from segcore.notes import Notes
 
+#: Raised when other things are proved, or otherwise.
+VERSION = 1
+#: What decides on what a network computes, and where it can be cut.
+_PACKAGES = (
+    "segflow",
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "openvino",
+    "torch",
+    "monai",
+    "segmentation-models-pytorch",
+    "torchvision",
+)
 _NOTES = Notes("proved", 1000)
 
 
 def prove_once(prove: Callable[[], None], *what: object) -> None:
     """Run a proof that raises where it fails, unless the same one has held here before.
 
-    `what`: all that it depends on beside this machine and this version of segflow, by its `repr`: the digest of the
-    network, the engine with its version, and how it is run.
+    `what`: all that it depends on beside this machine and what is installed, by its `repr`: the digest of the network,
+    the engine, and how it is run. On a GPU, which engines do not name, it is run always.
     """
+    if any("CUDA" in str(part) for part in what):
+        prove()
+        return
     key = hashlib.sha256(repr((*what, *_here())).encode()).hexdigest()
     with contextlib.suppress(KeyError):
         if _NOTES[key] is True:
@@ -35,12 +53,18 @@ def prove_once(prove: Callable[[], None], *what: object) -> None:
 
 @cache
 def _here() -> tuple[str, ...]:
-    """What tells this processor from others, for what they compute may differ, and this version of the proofs."""
-    lines, versions = list[str](), list[str]()
+    """What tells this processor from others, for what they compute may differ, and what is installed."""
+    lines = list[str]()
     with contextlib.suppress(OSError):  # another system than Linux
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     kinds = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
-    for package in ("segflow", "numpy"):
+    return f"{VERSION}", *versions(*_PACKAGES), platform.machine(), platform.processor(), *sorted(kinds)
+
+
+def versions(*packages: str) -> list[str]:
+    """Those of these packages that are installed, and in which version."""
+    found = []
+    for package in packages:
         with contextlib.suppress(PackageNotFoundError):
-            versions.append(version(package))
-    return *versions, platform.machine(), platform.processor(), *sorted(kinds)
+            found.append(f"{package} {version(package)}")
+    return found

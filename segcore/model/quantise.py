@@ -18,7 +18,6 @@ import tempfile
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ import numpy as np
 from segcore.errors import ModelError
 from segcore.files import sha256_of
 from segcore.model.card import Model
+from segcore.model.proved import versions
 from segcore.model.segmenter import Floats, Integers
 
 #: Raised whenever a change of this module, or of where `segcore.model.stages` crops, may change a network that it
@@ -63,7 +63,6 @@ def quantise(name: str, network: bytes, batches: Sequence[Sequence[Floats | Inte
             shown.append(f"{folder}/{number}.npz")
             np.savez(shown[-1], *batch)
         request = json.dumps({"network": str(source), "batches": shown, "made": str(made)})
-        # NNCF and OpenVINO report to their makers unless they are told that this is a test.
         command = [sys.executable, "-P", "-m", "segcore.model.quantise"]
         child = subprocess.run(command, input=request, capture_output=True, text=True, check=False)
         if child.returncode or not made.is_file():
@@ -230,7 +229,9 @@ def _folders(model: Model) -> list[Path]:
 def _name(model: Model) -> str:
     """What the files of its network in int8 begin with: another model or another way to quantise has another name."""
     # Where it is cropped is looked up in the graph as ONNX Runtime simplifies it.
-    digest = hashlib.sha256(f"{model.digest} {VERSION} {version('onnxruntime')}".encode()).hexdigest()
+    digest = hashlib.sha256(
+        f"{model.digest} {VERSION} {versions('onnxruntime', 'onnxruntime-gpu')}".encode()
+    ).hexdigest()
     return f"{model.card.name}-int8-{digest[:16]}"
 
 

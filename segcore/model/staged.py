@@ -68,10 +68,13 @@ class StagedSegmenter:
     def release(self) -> None:
         self._plain.release()
 
-    def prove(self, what: object) -> None:
-        """Run each level on noise, in chunks and in one pass. Raises ModelError where these differ."""
+    def prove(self, what: object, rounding: float = ROUNDING["CPU"]) -> None:
+        """Run each level on noise, in chunks and in one pass.
+
+        Raises ModelError where these differ by more than rounding makes, relative to the largest number.
+        """
         for depth in range(self._staging.levels):
-            self._prove(what, depth)
+            self._prove(what, depth, rounding)
         self._inner = None
 
     def _rise(self, out: Floats, image: Floats, depth: int, wanted: Box, staging: Staging) -> None:
@@ -117,7 +120,7 @@ class StagedSegmenter:
             self._inner = depth, self._load(self._insides[depth], self._threads, False)
         return self._inner[1]
 
-    def _prove(self, what: object, depth: int) -> None:
+    def _prove(self, what: object, depth: int, rounding: float) -> None:
         """Compare what a level and all inside of it give in small chunks, and in one pass."""
         level = self.stages.levels[depth]
         channels = self.stages.levels[depth - 1].pooled if depth else self.stages.channels
@@ -138,7 +141,7 @@ class StagedSegmenter:
         staged = np.empty_like(plain)
         self._rise(staged, image, depth, Box.of(shape), Staging(depth + 1, chunk))
         error_size = _error(plain, staged, Box.of(shape))
-        if error_size > ROUNDING["CPU"]:
+        if not error_size <= rounding:
             raise ModelError(
                 f"{what} gives other scores in chunks than in one pass, by {error_size:.2g} of their size in "
                 f"{times(shape)} pixels of level {depth}; run it in one pass"
