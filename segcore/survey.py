@@ -147,19 +147,22 @@ def survey(job: Job, core: tuple[int, ...] | None = None) -> Prospect:
             # The card's number is what ONNX Runtime holds, which fills up few channels to sixteen.
             held = min(cost.engine_bytes_per_pixel, _IN_OPENVINO * stages.inner[0].bytes)
             cost = replace(cost, engine_bytes_per_pixel=held)
-        return make_plan(
-            source.grid,
-            canvas,
-            sight,
-            cost,
-            memory,
-            core=core,
-            mode=job.settings.mode,
-            measured=measured,
-            stages=stages,
-            in_chunks=precision != "int8",
-            alone=job.alone,
-        )
+        try:
+            return make_plan(
+                source.grid,
+                canvas,
+                sight,
+                cost,
+                memory,
+                core=core,
+                mode=job.settings.mode,
+                measured=measured,
+                stages=stages,
+                in_chunks=precision != "int8",
+                alone=job.alone,
+            )
+        except PlanError as error:
+            raise PlanError(f"{source.uri}: {error}") from error
 
     # With what a run was interrupted that is gone on with if it can be, whatever memory is free today.
     for runner in runners if given is None else []:

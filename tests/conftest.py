@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,6 +29,7 @@ from segcore.model.unet import UNet
 
 # What a test learns about this machine goes with it.
 os.environ["SEGFLOW_CACHE"] = tempfile.mkdtemp(prefix="segflow-cache-")
+atexit.register(shutil.rmtree, os.environ["SEGFLOW_CACHE"], ignore_errors=True)
 
 settings.register_profile(
     "segflow",
