@@ -35,7 +35,7 @@ Tiling = Literal["exact", "measured", "blend"]
 
 #: Bytes of a worker process with its libraries before it holds any tile, GDAL's block cache among them, and what is
 #: added by what the network is run in (measured).
-PROCESS_BYTES, RUNNER_BYTES = 280 * 2**20, {"onnxruntime": 0, "openvino": 170 * 2**20, "torch": 140 * 2**20}
+PROCESS_BYTES, RUNNER_BYTES = 280 * 2**20, {"onnxruntime": 0, "openvino": 120 * 2**20, "torch": 140 * 2**20}
 #: Bytes that heaps of several threads keep in holes, where tiles are under way side by side: of a process that gives
 #: back what it frees, where OpenVINO, which keeps its arrays by itself, and torch have them counted above, and of one
 #: that does not (measured).

@@ -128,7 +128,7 @@ def test_a_task_is_tried_again_only_where_that_may_help(
                     "no", retryable=job.uri != "broken"
                 )
         task = module.label_scene.with_options(retry_delay_seconds=0)
-        job = {"name": "n", "model": "m", "out": "o", "settings": {"bands": None}}
+        job = {"name": "n", "model": "m", "out": "o", "settings": {"bands": None}, "alone": True}
         @flow
         def both():
             for uri in ("away", "broken", "held", "stopped"):
