@@ -120,7 +120,7 @@ def _load_onnx(model: Model, path: Path, threads: int, staging: Staging | None, 
 
 
 def _streams(card: Card, threads: int) -> int:
-    """How many windows are run side by side: those of one size are small, and their layers too small for all threads"""
+    """How many windows are run side by side: those of a fixed size are small, too small for all threads."""
     return min(threads, STREAMS) if card.fixed_window else 1
 
 
