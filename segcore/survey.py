@@ -10,7 +10,6 @@ import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from segcore.io.source import Source, Wanted
 from segcore.machine import free_memory
 from segcore.model import check_precision, runner_of, stages_of
 from segcore.model.card import Card, Model, load_card
+from segcore.model.proved import versions
 from segcore.model.quantise import VERSION as QUANTISE_VERSION
 from segcore.model.quantise import find_quantised
 from segcore.plan import Plan, make_plan
@@ -37,6 +37,8 @@ PIXEL_VERSION = 2
 _SMALL = 2**19
 #: What OpenVINO holds in one pass, relative to what a run node by node would (measured).
 _IN_OPENVINO = 1.15
+#: Packages whose versions a manifest tells.
+_PACKAGES = ("segflow", "numpy", "onnxruntime", "torch", "rasterio", "nibabel", "zarr", "distributed")
 #: Folder inside the output folder for what is not finished.
 HIDDEN = ".segflow"
 
@@ -288,7 +290,7 @@ def provenance(prospect: Prospect, created: str, engine: str, warnings: Sequence
         "segflow:model": model,
         "segflow:settings": asdict(prospect.job.settings),
         "segflow:plan": prospect.tiling(),
-        "segflow:versions": {"python": platform.python_version(), **_versions()},
+        "segflow:versions": {"python": platform.python_version(), **versions(*_PACKAGES)},
         "segflow:warnings": list(warnings),
     }
 
@@ -339,11 +341,3 @@ def _interrupted_core(job: Job, name: str, fingerprint: str, runner: Runner) -> 
         with contextlib.suppress(ValueError):
             return tuple(int(side) for side in folder.name.partition("-")[2].split("x"))
     return None
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in ("segflow", "numpy", "onnxruntime", "torch", "rasterio", "nibabel", "zarr", "distributed"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found

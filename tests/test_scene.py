@@ -282,7 +282,7 @@ def test_a_manifest_that_cannot_be_written_costs_no_product(
     segment_scene(job(raster, model, out), workers)
     before = files(out / "scene_1")
     monkeypatch.setattr("segcore.survey.PIXEL_VERSION", float("nan"))
-    monkeypatch.setattr("segcore.survey._versions", lambda: {"odd": float("nan")})
+    monkeypatch.setattr("segcore.survey.versions", lambda *_: {"odd": float("nan")})
     with pytest.raises(ValueError, match="JSON compliant"):
         segment_scene(job(raster, model, out), workers)
     assert files(out / "scene_1") == before

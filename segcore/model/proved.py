@@ -58,13 +58,13 @@ def _here() -> tuple[str, ...]:
     with contextlib.suppress(OSError):  # another system than Linux
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     kinds = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
-    return f"{VERSION}", *versions(*_PACKAGES), platform.machine(), platform.processor(), *sorted(kinds)
+    return f"{VERSION}", f"{versions(*_PACKAGES)}", platform.machine(), platform.processor(), *sorted(kinds)
 
 
-def versions(*packages: str) -> list[str]:
+def versions(*packages: str) -> dict[str, str]:
     """Those of these packages that are installed, and in which version."""
-    found = []
+    found = dict[str, str]()
     for package in packages:
         with contextlib.suppress(PackageNotFoundError):
-            found.append(f"{package} {version(package)}")
+            found[package] = version(package)
     return found
