@@ -158,8 +158,7 @@ def compare(expected: Looks, found: Looks, card: Card, network: Quantised | None
 def _quantised(model: Model, shown: list[Floats], path: Path, calibration: str) -> Quantised:
     """A network in int8, made in the file `path` from what was shown; a part of its windows can rise if that may be."""
     _, weights = model.weights()
-    cut = cut_of(model, usable_cores())
-    network = cut.cropped if cut else weights.read_bytes()
+    cut, network = cut_of(model, usable_cores()) or (None, weights.read_bytes())
 
     def inputs(batch: Floats) -> list[Floats | Integers]:
         window = batch.shape[2:]

@@ -25,7 +25,7 @@ from segcore.io.source import Legend, Source, sample_positions
 from segcore.io.stac import Asset, manifest_item
 from segcore.lock import Guard
 from segcore.model.card import Card
-from segcore.quicklook import View, draw_quicklook, preview_shape
+from segcore.quicklook import View, draw_quicklook, preview_shape, shown_channels
 
 #: What the files of a product are called, behind the name of the scene.
 PARTS = ("mask", "scores", "quicklook")
@@ -278,4 +278,6 @@ def _view(source: Source, scratch: Scratch, card: Card) -> View:
     size = source.spacing or (1.0,) * len(shape)
     spacing = tuple(s * n / m for s, n, m in zip(size, source.grid.shape, shape, strict=True))
     title = f"{source.name}  ·  {card.name} {card.version}"
-    return View(title, source.grid.axes, source.channels, source.overview(shape), labels, spacing)
+    shown = shown_channels(source.channels)
+    image, names = source.overview(shape, shown), tuple(source.channels[i] for i in shown)
+    return View(title, source.grid.axes, names, image, labels, spacing)

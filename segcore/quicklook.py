@@ -25,11 +25,16 @@ THUMBNAIL = 112
 #: Under which name the quicklook carries its thumbnail, as a text of the PNG: a page of thousands decodes no picture.
 _THUMBNAIL = "segflow:thumbnail"
 _GAP, _INK, _PAPER, _FAINT = 12, (35, 40, 48), (255, 255, 255), (110, 118, 128)
+#: Colour of pixels that are not valid.
+_INVALID = (200, 200, 200)
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """A scene, thinned for a picture: image (C, *small), labels (*small), and size of a pixel per axis."""
+    """A scene, thinned for a picture: image (C, *small), labels (*small), and size of a pixel per axis.
+
+    `channels`: names of those that the image has, which need not be all (`shown_channels`).
+    """
 
     title: str
     axes: str
@@ -44,6 +49,14 @@ def preview_shape(shape: Sequence[int]) -> tuple[int, ...]:
     longest = 768 if len(shape) == 2 else 256
     factor = max(1.0, max(shape) / longest)
     return tuple(max(1, round(n / factor)) for n in shape)
+
+
+def shown_channels(names: Sequence[str]) -> tuple[int, ...]:
+    """Positions of the channels that are shown as red, green and blue; of one, if there are too few."""
+    lower = [name.lower() for name in names]
+    if {"red", "green", "blue"} <= set(lower):
+        return lower.index("red"), lower.index("green"), lower.index("blue")
+    return (0, 1, 2) if len(names) >= 3 else (0,)
 
 
 def draw_quicklook(path: Path, view: View, legend: Legend, fractions: Mapping[int, float]) -> Path:
@@ -122,6 +135,7 @@ def _slice_row(view: View, stretch: _Stretch, colours: Pixels, legend: Legend, a
         image, labels = image.transpose(0, *(o + 1 for o in order))[:, ::-1], labels.transpose(order)[::-1]
         spacing = tuple(spacing[i] for i in shown)
     base = stretch(image)
+    base[labels == legend.nodata] = _INVALID
     over = _overlay(base, labels, colours, legend)
     return [_fit(base, spacing), _fit(over, spacing)]
 
@@ -142,11 +156,9 @@ class _Stretch:
 
     @classmethod
     def of(cls, view: View) -> _Stretch:
-        names = [name.lower() for name in view.channels]
-        channels = (0, 1, 2) if len(names) >= 3 else (0, 0, 0)
-        if {"red", "green", "blue"} <= set(names):
-            channels = (names.index("red"), names.index("green"), names.index("blue"))
-        limits = {}
+        red, *others = shown_channels(view.channels)
+        green, blue = others or (red, red)
+        channels, limits = (red, green, blue), {}
         for channel in set(channels):
             valid = view.image[channel][~np.isnan(view.image[channel])]
             low, high = np.percentile(valid, [2, 98]) if valid.size else (0.0, 1.0)
@@ -160,7 +172,7 @@ class _Stretch:
             low, high = self.limits[channel]
             stretched = (np.nan_to_num(image[channel], nan=low) - low) / max(high - low, 1e-12)
             out[..., place] = np.clip(stretched, 0, 1) ** 0.8 * 255
-        out[np.isnan(image).any(axis=0)] = (200, 200, 200)
+        out[np.isnan(image).any(axis=0)] = _INVALID
         return out
 
 

@@ -141,13 +141,27 @@ def spans(length: int, start: int, stop: int, halo: tuple[int, int], size: int, 
     return found
 
 
+def reads(
+    shape: tuple[int, ...], wanted: Box, halo: Sides, factor: tuple[int, ...], size: tuple[int, ...]
+) -> tuple[int, int]:
+    """Pixels that a chunk of `chunks` shows, and how many there are of them, without a list of all."""
+    along = _along(shape, wanted, halo, factor, size)
+    return prod(stop - start for (start, stop, *_), *_ in along), prod(map(len, along))
+
+
 def chunks(
     shape: tuple[int, ...], wanted: Box, halo: Sides, factor: tuple[int, ...], size: tuple[int, ...]
 ) -> list[Chunk]:
     """Chunks of an image of this shape whose cores cover the wanted box, each pixel of it once; all reads are alike."""
+    return [Chunk(*_boxes(ranges)) for ranges in product(*_along(shape, wanted, halo, factor, size))]
+
+
+def _along(
+    shape: tuple[int, ...], wanted: Box, halo: Sides, factor: tuple[int, ...], size: tuple[int, ...]
+) -> list[list[Span]]:
+    """The ranges of each axis."""
     cells = wanted.snap(factor)
-    along = [spans(*axis) for axis in zip(shape, cells.start, cells.stop, halo, size, factor, strict=True)]
-    return [Chunk(*_boxes(ranges)) for ranges in product(*along)]
+    return [spans(*axis) for axis in zip(shape, cells.start, cells.stop, halo, size, factor, strict=True)]
 
 
 def _boxes(ranges: tuple[Span, ...]) -> tuple[Box, Box]:
@@ -253,10 +267,9 @@ class Stages:
         shapes, boxes, kept = [window], [wanted], [0.0]
         for level in self.levels[:depth]:
             shape = shapes[-1]
-            found = chunks(shape, Box.of(shape), level.down_halo, level.factor, staging.chunk)
-            size = found[0].read.size
+            size, count = reads(shape, Box.of(shape), level.down_halo, level.factor, staging.chunk)
             kept.append(kept[-1] + _VALUE * level.pooled * prod(coarse(shape, level.factor)))
-            yield kept[-1] + shortness * arena * level.down.bytes * size, level.down.work * size * len(found)
+            yield kept[-1] + shortness * arena * level.down.bytes * size, level.down.work * size * count
             shapes.append(coarse(shape, level.factor))
             boxes.append(inside(boxes[-1], shape, level))
         inner = self.inner[depth]
@@ -267,10 +280,9 @@ class Stages:
         risen = _VALUE * self.levels[depth - 1].risen * prod(shapes[-1])
         for i in reversed(range(depth)):
             level, shape = self.levels[i], shapes[i]
-            found = chunks(shape, boxes[i], level.up_halo, level.factor, staging.chunk)
-            size = found[0].read.size
+            size, count = reads(shape, boxes[i], level.up_halo, level.factor, staging.chunk)
             above = _VALUE * (self.levels[i - 1].risen if i else self.scores) * boxes[i].size
-            yield kept[i] + risen + above + shortness * arena * level.up.bytes * size, level.up.work * size * len(found)
+            yield kept[i] + risen + above + shortness * arena * level.up.bytes * size, level.up.work * size * count
             risen = above
 
 

@@ -126,11 +126,13 @@ def save_local_unet(
     poolings: int = 1,
     convolutions: int = 1,
     reach: int | None = None,
+    deepest: int | None = None,
 ) -> Path:
     """A model folder with a real, small, local U-Net in ONNX, of any size of input: weights are random but fixed.
 
     Its convolutions see 2 x (1 + 2 + 4 + ...) pixels on the way down and up, and 2^poolings at the bottom, each time
-    their number; pooling and upsampling add at most the stride minus one. `reach` overrides that sum in the card.
+    their number; pooling and upsampling add at most the stride minus one. `reach` overrides that sum in the card, and
+    `deepest` the channels at the bottom.
     """
     dims, rng = len(axes), np.random.default_rng(7)
     weights: list[onnx.TensorProto] = [numpy_helper.from_array(np.array([1, 1] + [2] * dims, np.float32), "scales")]
@@ -146,20 +148,22 @@ def save_local_unet(
         weights.append(numpy_helper.from_array(kernel.astype(np.float32), f"w{len(nodes)}"))
         return node("Conv", source, weights[-1].name, name=name, pads=[1] * (2 * dims))
 
-    def level(source: str, inputs: int) -> str:
+    def level(source: str, inputs: int, outputs: int = width) -> str:
         for i in range(convolutions):
-            source = node("Relu", convolve(source, width if i else inputs))
+            source = node("Relu", convolve(source, outputs if i else inputs, outputs))
         return source
 
     skips, last = [], level("x", len(channels))
-    for _ in range(poolings):
+    bottom = deepest or width
+    for depth in range(1, poolings + 1):
         skips.append(last)
-        last = level(node("MaxPool", last, kernel_shape=[2] * dims, strides=[2] * dims), width)
+        pooled = node("MaxPool", last, kernel_shape=[2] * dims, strides=[2] * dims)
+        last = level(pooled, width, bottom if depth == poolings else width)
     for depth, skip in reversed(list(enumerate(skips))):
         risen = node("Resize", last, "", "scales", mode="nearest", coordinate_transformation_mode="asymmetric",
                      nearest_mode="floor")  # fmt: skip
         last = node("Concat", skip, risen, axis=1)
-        inputs = 2 * width
+        inputs = width + (bottom if depth == poolings - 1 else width)
         for i in range(convolutions):
             final = depth == 0 and i == convolutions - 1
             last = convolve(last, inputs, 3 if final else width, "y" if final else "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -297,6 +297,7 @@ def test_strips_are_staged_into_tiles(make: Callable[..., Path], tmp_path: Path,
             for box in (Box((0, 0), (30, 2400)), Box((3, 2000), (29, 2311))):
                 assert np.array_equal(again.read(box), raster.read(box), equal_nan=True)
             assert np.array_equal(again.overview((10, 60)), raster.overview((10, 60)), equal_nan=True)
+            assert np.array_equal(again.overview((10, 60), [1])[0], raster.overview((10, 60))[1], equal_nan=True)
         assert file.stat().st_mtime_ns == made
 
 
@@ -353,6 +354,28 @@ def test_overviews_show_the_scene(make: Callable[..., Path]) -> None:
             rows, cols = (sample_positions(n, m) for n, m in zip(values.shape[1:], shape, strict=True))
             found = raster_file(str(tiled), "scene", wanted("a", "b")).overview(shape)
             assert np.array_equal(found, values[:, rows][:, :, cols])
+            some = raster_file(str(tiled), "scene", wanted("a", "b")).overview(shape, [1])
+            assert np.array_equal(some, found[1:])
+
+
+def test_overviews_take_few_reads(make: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of strips of a row or two there were as many reads as rows were shown, which took longer than to read it all."""
+    values = RNG.integers(0, 9999, (1, 1900, 1930)).astype(np.uint16)
+    asked = list[Box]()
+    values_of = Raster._values
+
+    def told(self: Raster, uri: str, bands: Sequence[Band], at: Box, *rest: Any) -> Any:
+        asked.append(at)
+        return values_of(self, uri, bands, at, *rest)
+
+    monkeypatch.setattr(Raster, "_values", told)
+    raster = raster_file(str(make(values)), "scene", wanted("a"))
+    rows, cols = (sample_positions(n, 768) for n in values.shape[1:])
+    assert np.array_equal(raster.overview((768, 768))[0], values[0][np.ix_(rows, cols)])
+    assert len(asked) < 5
+    asked.clear()
+    raster.overview((4, 4))
+    assert [box.shape[0] for box in asked] == [1] * 4, "far apart, they are passed over"
 
 
 def test_complex_rasters_are_refused(make: Callable[..., Path]) -> None:

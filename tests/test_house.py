@@ -62,7 +62,7 @@ HOMES = {
     "google_crc32c": {"segcore.io.scratch"},
     "pystac": {"segcore.io.stac"},
     "onnxruntime": {"segcore.model.onnx", "segcore.model.graph", "segcore.model.stages"},
-    "onnx": {"segcore.model.graph", "segcore.model.marking", "segcore.model.stages"},
+    "onnx": {f"segcore.model.{name}" for name in ("cut", "graph", "marking", "stages")},
     "openvino": {"segcore.model.openvino", "segcore.model.quantise"},
     "nncf": {"segcore.model.quantise"},
     "torch": {f"segcore.model.{name}" for name in ("torch", "unet", "archive", "pack")},

@@ -124,6 +124,18 @@ def test_a_tight_budget_is_kept(tmp_path: Path, scene: Path, model: Path, side: 
     assert 0.5 < peak / made["segflow:plan"]["predicted_memory_bytes"] < 0.9, (made["segflow:plan"], peak)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
+def test_large_weights_are_held_a_few_times_only(engine: str, tmp_path: Path, scene: Path, unproved: Path) -> None:
+    """When the network is cut into its stages and is proved, too, which took a dozen copies of them."""
+    model = save_local_unet(tmp_path / "deep", "yx", width=8, poolings=4, convolutions=2, deepest=1400)
+    assert load_card(str(model)).weights_bytes > 60 * 2**20
+    _, made, peak = run(scene, model, tmp_path / "out", "1GiB", "--engine", engine)
+    predicted = made["segflow:plan"]["predicted_memory_bytes"]
+    assert 0.6 * predicted < peak < min(1.2 * predicted, 2**30), (made["segflow:plan"], peak)
+    assert unproved.exists()
+
+
 def test_a_process_gives_back_what_it_frees_where_memory_is_tight(model: Path) -> None:
     card = load_card(str(model)).card
     tight, roomy = (

@@ -26,11 +26,11 @@ from segcore.execute import Workers
 from segcore.io import product_name
 from segcore.model import cut_of, load_segmenter
 from segcore.model.card import load_card
+from segcore.model.cut import Cut
 from segcore.model.probe import noise
 from segcore.model.quantise import Quantised, find_quantised, keep_quantised, quantise
 from segcore.model.segmenter import Segmenter
 from segcore.model.staged import CroppedSegmenter, StagedSegmenter
-from segcore.model.stages import Cut
 from segcore.precision import Proof, _cells
 from segcore.scene import check_seams, segment_scene, survey
 from segcore.spec import Job, Precision, Settings
@@ -385,10 +385,10 @@ def test_only_what_is_wanted_rises(
 ) -> None:
     """Of a window in int8, too; and what is transposed runs in integers, which OpenVINO only does around zero."""
     model, size, wanted = load_card(str(windowed)), (192, 224), Box((81, 96), (110, 130))
-    cut, image = cut_of(model, 2), noise((1, 3, *size))
-    assert cut is not None
-    path = tmp_path / "made.zip"
-    sha256 = quantise("windowed", cut.cropped, [[image, *cut.cropping(size, Box.of(size))[1]]], path)
+    found, image = cut_of(model, 2), noise((1, 3, *size))
+    assert found is not None
+    (cut, network), path = found, tmp_path / "made.zip"
+    sha256 = quantise("windowed", network, [[image, *cut.cropping(size, Box.of(size))[1]]], path)
     made = load_segmenter(model, 2, quantised=Quantised(path, sha256, "here"))
     assert isinstance(made, CroppedSegmenter)
     at = (slice(None), slice(None), *wanted.slices())
@@ -399,8 +399,8 @@ def test_only_what_is_wanted_rises(
 
     with zipfile.ZipFile(path) as archive:
         core, files = openvino.Core(), [archive.read(f"network.{kind}") for kind in ("xml", "bin")]
-    network = core.read_model(files[0], openvino.Tensor(np.frombuffer(files[1], np.uint8).copy()))
-    risers = [node for node in network.get_ops() if node.get_type_name() == "ConvolutionBackpropData"]
+    made_of = core.read_model(files[0], openvino.Tensor(np.frombuffer(files[1], np.uint8).copy()))
+    risers = [node for node in made_of.get_ops() if node.get_type_name() == "ConvolutionBackpropData"]
     assert len(risers) == 4
     for node in risers:
         rounded = node.input(0).get_source_output().get_node()

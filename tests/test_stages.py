@@ -37,7 +37,7 @@ from segcore.model.stages import find_stages
 from segcore.model.unet import UNet
 from segcore.plan import make_plan
 from segcore.spec import Cost, Sight, symmetric
-from segcore.staging import ONE_PASS, Level, Part, Stages, Staging, chunks, spans
+from segcore.staging import ONE_PASS, Level, Part, Stages, Staging, chunks, reads, spans
 
 
 class Residual(nn.Module):
@@ -153,8 +153,8 @@ def test_a_part_of_a_window_says_what_the_whole_says(name: str, engine: str, tmp
 
 
 def cropped_of(path: Path, whole: Segmenter, load: LoadPart) -> CroppedSegmenter:
-    cut = find_crops(path, 2, 2)
-    return CroppedSegmenter(load(cut.cropped, 2, False), cut, whole)
+    cut, network = find_crops(path, 2, 2)
+    return CroppedSegmenter(load(network, 2, False), cut, whole)
 
 
 def test_a_part_that_shows_too_little_is_found_out(tmp_path: Path) -> None:
@@ -206,6 +206,19 @@ def test_what_cannot_be_cut_has_no_stages(make: Any, tmp_path: Path) -> None:
     assert find_stages(export(as_if_trained(make()), tmp_path / "net.onnx", 2), 2) is None
 
 
+def test_all_parts_share_their_weights(tmp_path: Path) -> None:
+    path = export(as_if_trained(plain(2, widths=[16, 64, 96])), tmp_path / "net.onnx", 2)
+    cut = find_stages(path, 2)
+    assert cut is not None
+    assert cut.cropped is not None
+    pieces = [*cut.down, *cut.up, *cut.inner, cut.cropped]
+    assert len(pieces) == 8
+    assert all(piece.weights is cut.cropped.weights for piece in pieces)
+    assert all(len(piece.graph.SerializeToString()) < path.stat().st_size / 10 for piece in pieces)
+    assert 0.9 * path.stat().st_size < len(cut.inner[0].file()) < 1.1 * path.stat().st_size
+    assert cut.without_parts().stages == cut.stages
+
+
 @pytest.mark.parametrize("side", ["down_halo", "up_halo"])
 def test_a_halo_that_is_short_is_found_out(side: str, tmp_path: Path) -> None:
     path = export(as_if_trained(plain(2, widths=[7, 9])), tmp_path / "net.onnx", 2)
@@ -230,6 +243,10 @@ def test_chunks_cover_what_is_wanted_once(data: st.DataObject) -> None:
     assert len({b - a for a, b, _, _ in found}) == 1
     assert (found[0][2], found[-1][3]) == (start, stop)
     assert all(one[3] == two[2] for one, two in pairwise(found))
+    assert reads((length,), Box((start,), (stop,)), ((before, after),), (step,), (size,)) == (
+        found[0][1] - found[0][0],
+        len(found),
+    )
     for a, b, first, last in found:
         assert 0 <= a <= first < last <= b <= length
         assert b - a <= size

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import datetime as datetime_type
@@ -37,6 +37,8 @@ from segcore.resample import interpolate
 
 #: Longest side (pixels) of a block that is read as it is: of a longer one, a tile shows but a part.
 WIDEST_BLOCK = 2048
+#: Pixels that are unpacked in the time that a read takes by itself (measured), and that are read at once.
+_A_READ, _AT_ONCE = 2**16, 2**21
 #: Files of a scene that are read side by side: a band in a bucket is a wait, and one on a disk is unpacked.
 _READERS = 3
 
@@ -163,36 +165,57 @@ class Raster:
         files = list(self._by_file())
         if len(files) == 1:
             return self._read_file(*files[0], box)
-        out = np.empty((len(self._bands), *box.shape), np.float32)
+        return self._gathered(files, box.shape, lambda uri, positions: self._read_file(uri, positions, box))
+
+    def overview(self, shape: Sequence[int], channels: Sequence[int] | None = None) -> Floats:
+        wanted = range(len(self._bands)) if channels is None else channels
+        shown = [(uri, [i for i in positions if i in wanted]) for uri, positions in self._by_file()]
+        files = [(uri, positions) for uri, positions in shown if positions]
+        return self._gathered(files, shape, lambda uri, positions: self._thinned(uri, positions, shape))[list(wanted)]
+
+    def _gathered(
+        self,
+        files: Sequence[tuple[str, list[int]]],
+        shape: Sequence[int],
+        read: Callable[[str, list[int]], Floats],
+    ) -> Floats:
+        """What several files show, (C, *shape), read side by side; nothing is known of channels that none of them has.
+
+        `read` is given a file and the positions of the channels that it has.
+        """
+        out = np.empty((len(self._bands), *shape), np.float32)
 
         def read_file(uri: str, positions: list[int]) -> None:
-            out[positions] = self._read_file(uri, positions, box)
+            out[positions] = read(uri, positions)
 
+        if len(files) == 1:  # by this thread, which has it open
+            read_file(*files[0])
+            return out
         under_way = [self._readers.submit(read_file, *file) for file in files]
         wait(under_way)  # all of them, before any error: who is told that this has ended may remove the files
         for file in under_way:
             file.result()
         return out
 
-    def overview(self, shape: Sequence[int]) -> Floats:
-        out = np.empty((len(self._bands), *shape), np.float32)
+    def _thinned(self, uri: str, positions: Sequence[int], shape: Sequence[int]) -> Floats:
+        """What one file shows of the whole scene, thinned: its channels, (len(positions), *shape)."""
         with gdal_environment():
-            for uri, positions in self._by_file():
-                file = self._dataset(uri)
-                if file.overviews(1):
-                    bands = [self._bands[i] for i in positions]
-                    out[positions] = self._values(uri, bands, Box.of(file.shape), tuple(shape))
-                    continue
-                # Asked for an image of fewer pixels, GDAL unpacks a row of blocks again for every row of that image.
-                source = self._dataset(self._copies[uri][0].uri) if uri in self._copies else file
-                rows, cols = (sample_positions(n, m) for n, m in zip(file.shape, shape, strict=True))
-                for here, across in product(*map(_runs, (rows, cols), source.block_shapes[0])):
-                    box = Box((rows[here][0], cols[across][0]), (rows[here][-1] + 1, cols[across][-1] + 1))
-                    values = self._read_bands(uri, positions, box)
-                    picks = np.ix_(rows[here] - box.start[0], cols[across] - box.start[1])
-                    for position, channel in zip(positions, values, strict=True):
-                        out[position][here, across] = channel[picks]
-        return out
+            file = self._dataset(uri)
+            if file.overviews(1):
+                return self._values(uri, [self._bands[i] for i in positions], Box.of(file.shape), tuple(shape))
+            # Asked for an image of fewer pixels, GDAL unpacks a row of blocks again for every row of that image.
+            source = self._dataset(self._copies[uri][0].uri) if uri in self._copies else file
+            out = np.empty((len(positions), *shape), np.float32)
+            rows, cols = (sample_positions(n, m) for n, m in zip(file.shape, shape, strict=True))
+            height, width = source.block_shapes[0]
+            wide = min(file.width, max(width, WIDEST_BLOCK))
+            for here, across in product(_runs(rows, height, wide), _runs(cols, width, height)):
+                box = Box((rows[here][0], cols[across][0]), (rows[here][-1] + 1, cols[across][-1] + 1))
+                values = self._read_bands(uri, positions, box)
+                picks = np.ix_(rows[here] - box.start[0], cols[across] - box.start[1])
+                for thin, channel in zip(out, values, strict=True):
+                    thin[here, across] = channel[picks]
+            return out
 
     def _read_file(self, uri: str, positions: Sequence[int], box: Box) -> Floats:
         """What one file shows of a box of the scene: its channels, (len(positions), *box.shape)."""
@@ -205,10 +228,10 @@ class Raster:
 
     def _read_bands(self, uri: str, positions: Sequence[int], at: Box) -> Floats:
         """Physical values of a box of one file, or of its copy."""
-        copied = self._copies.get(uri)
-        if copied is not None:
-            return self._values(copied[0].uri, copied, at)
-        return self._values(uri, [self._bands[i] for i in positions], at)
+        if (copies := self._copies.get(uri)) is None:
+            return self._values(uri, [self._bands[i] for i in positions], at)
+        copied = dict(zip((i for i, band in enumerate(self._bands) if band.uri == uri), copies, strict=True))
+        return self._values(copies[0].uri, [copied[i] for i in positions], at)
 
     def _by_file(self) -> Iterator[tuple[str, list[int]]]:
         """The files, and which channels each of them holds: a file is read once for all its bands."""
@@ -304,10 +327,15 @@ def _lies_in_rows(file: DatasetReader) -> bool:
     return packed and max(file.block_shapes[0]) > WIDEST_BLOCK
 
 
-def _runs(positions: NDArray[np.intp], block: int) -> list[slice]:
-    """The positions, in runs that are read at once: from one block or, where none is passed over, from several."""
-    spread = np.diff(positions).max(initial=0) > block
-    piece = positions // (block if spread else max(1, WIDEST_BLOCK // block) * block)
+def _runs(positions: NDArray[np.intp], block: int, across: int) -> list[slice]:
+    """The positions along an axis, in runs that are read at once: from one block or, where little is passed over, from
+    several.
+
+    `across`: how many pixels are read for each pixel of the axis.
+    """
+    passed_over = (np.diff(positions).max(initial=0) - block) * across
+    side = min(WIDEST_BLOCK, _AT_ONCE // across)
+    piece = positions // (block if passed_over > _A_READ else max(1, side // block) * block)
     ends = [0, *(np.flatnonzero(np.diff(piece)) + 1), len(positions)]
     return [slice(int(a), int(b)) for a, b in pairwise(ends)]
 

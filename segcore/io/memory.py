@@ -86,9 +86,10 @@ class ArrayScene:
         assert box in self.grid.box, f"{box} is outside {self.grid.box}"
         return self.array[(slice(None), *box.slices())].copy()
 
-    def overview(self, shape: Sequence[int]) -> Floats:
+    def overview(self, shape: Sequence[int], channels: Sequence[int] | None = None) -> Floats:
         index = np.ix_(*(sample_positions(n, m) for n, m in zip(self.grid.shape, shape, strict=True)))
-        return np.stack([channel[index] for channel in self.array])
+        shown = self.array if channels is None else self.array[list(channels)]
+        return np.stack([channel[index] for channel in shown])
 
 
 @dataclass(frozen=True, slots=True)

@@ -291,7 +291,7 @@ class Nifti:
         np.copyto(out, np.nan, where=np.isinf(out))
         return out
 
-    def overview(self, shape: Sequence[int]) -> Floats:
+    def overview(self, shape: Sequence[int], channels: Sequence[int] | None = None) -> Floats:
         # Whole slabs of the slowest axis of the file, thinned at once: no more than a slab is held.
         positions = [sample_positions(n, m) for n, m in zip(self.grid.shape, shape, strict=True)]
         turn, stored = self.frame.turn, self.frame.shape
@@ -306,7 +306,7 @@ class Nifti:
             where: list[Any] = [slice(None)] * 4
             where[slow + 1] = slice(place, place + 1)
             out[tuple(where)] = np.stack([channel[np.ix_(*picks)] for channel in slab])
-        return out
+        return out if channels is None else out[list(channels)]
 
     def _blocks(self, index: tuple[slice, ...]) -> Floats:
         proxy = self._image.dataobj

@@ -148,8 +148,11 @@ class Source(Protocol):
         """
         ...
 
-    def overview(self, shape: Sequence[int]) -> Floats:
-        """The whole scene, thinned for a look at it: (C, *shape), near the pixels at `sample_positions`."""
+    def overview(self, shape: Sequence[int], channels: Sequence[int] | None = None) -> Floats:
+        """The whole scene, thinned for a look at it, near the pixels at `sample_positions`.
+
+        `channels`: positions of those that are wanted, by default of all. Returns (len(channels), *shape).
+        """
         ...
 
 

@@ -17,15 +17,15 @@ from segcore.files import sha256_of
 from segcore.machine import release_memory
 from segcore.model.card import Card, Model
 from segcore.model.probe import Network, first_taken, largest_error, rounding_of
-from segcore.model.proved import prove_once
+from segcore.model.proved import proofs_run, prove_once
 from segcore.model.quantise import Quantised
 from segcore.model.segmenter import Segmenter
 from segcore.spec import SAME_SCORES, STREAMS, Engine, Precision, Runner, usable_cores
 from segcore.staging import ONE_PASS, Stages, Staging
 
 if TYPE_CHECKING:
+    from segcore.model.cut import Cut
     from segcore.model.staged import LoadPart
-    from segcore.model.stages import Cut
 
 #: Up to what the scores of two engines differ by rounding alone, relative to the largest of them, of networks that are
 #: not local: squeeze-excite makes 2e-4 of it, and bfloat16 would be some 4e-3 off.
@@ -55,6 +55,25 @@ def load_segmenter(
     the card's word that the network is local. Raises CardError, ModelError, and PlanError for a staging that the
     network does not have.
     """
+    before = proofs_run()
+    segmenter = _loaded(model, threads, staging, quantised, engine, precision)
+    if proofs_run() != before:
+        # What an engine has laid out for the windows of a proof, weights above all, it would keep.
+        del segmenter
+        release_memory()
+        segmenter = _loaded(model, threads, staging, quantised, engine, precision)
+    return segmenter
+
+
+def _loaded(
+    model: Model,
+    threads: int,
+    staging: Staging | None,
+    quantised: Quantised | None,
+    engine: Engine,
+    precision: Precision,
+) -> Segmenter:
+    """The network, loaded and proved."""
     artifact, path = model.weights()
     segmenter: Segmenter
     with _engine(model.card):
@@ -71,7 +90,9 @@ def load_segmenter(
 
             segmenter = TorchSegmenter(load_module(artifact, path), threads)
     numbers = quantised.sha256 if quantised else precision
-    prove_once(lambda: _confirm(segmenter, model.card), "reach", model.digest, segmenter.engine, numbers, staging)
+    sight = model.card.sight()
+    if sight.local and not sight.fixed:
+        prove_once(lambda: _confirm(segmenter, model.card), "reach", model.digest, segmenter.engine, numbers, staging)
     # What was compared held arrays, and networks of its own.
     segmenter.release()
     release_memory()
@@ -99,16 +120,18 @@ def runner_of(model: Model, engine: Engine) -> Runner:
 
 def _load_onnx(model: Model, path: Path, threads: int, staging: Staging | None, engine: Engine) -> Segmenter:
     """An ONNX file in the engine that is asked for, or in the quicker one."""
-    from segcore.model.onnx import OnnxPart, OnnxSegmenter
+    from segcore.model.onnx import OnnxPart, OnnxSegmenter, has_gpu
 
     card, streams = model.card, _streams(model.card, threads)
-    usual = OnnxSegmenter(path, threads, streams)
-    if runner_of(model, engine) == "openvino" and (engine == "openvino" or "CPU" in usual.engine):
+    usual = partial(OnnxSegmenter, path, threads, streams)
+    on_gpu = usual() if has_gpu() else None  # or nearly so: there may be none here
+    where = on_gpu.engine if on_gpu else "CPU"
+    if runner_of(model, engine) == "openvino" and (engine == "openvino" or "CPU" in where):
         try:
             from segcore.model.openvino import OpenVinoPart, OpenVinoSegmenter
 
             quicker = OpenVinoSegmenter(path, threads, streams)
-            prove_once(lambda: _compare(usual, quicker, card), "engines", model.digest, usual.engine, quicker.engine)
+            prove_once(lambda: _compare(usual(), quicker, card), "engines", model.digest, where, quicker.engine)
             return _in_stages(model, path, quicker, OpenVinoPart, threads, staging)
         except MemoryShortageError:
             raise
@@ -116,7 +139,7 @@ def _load_onnx(model: Model, path: Path, threads: int, staging: Staging | None, 
             if engine == "openvino":
                 raise ModelError(f"model {card.name} does not run in OpenVINO: {fault}; leave --engine out") from fault
             _LOG.info("%s does not run in OpenVINO: %s", card.name, fault)
-    return _in_stages(model, path, usual, OnnxPart, threads, staging)
+    return _in_stages(model, path, on_gpu or usual(), OnnxPart, threads, staging)
 
 
 def _streams(card: Card, threads: int) -> int:
@@ -144,8 +167,8 @@ def _in_stages(
     channels = len(model.card.channels)
     if staging == ONE_PASS:
         with _tried(model.card):  # else what the plan has saved by it is done after all
-            cut = find_crops(path, channels, threads)
-            cropped = CroppedSegmenter(load(cut.cropped, threads, False), cut, plain)
+            cut, network = find_crops(path, channels, threads)
+            cropped = CroppedSegmenter(load(network, threads, False), cut, plain)
             prove_once(lambda: cropped.prove(path, plain), "part", model.digest, plain.engine)
             return cropped
         return plain
@@ -218,8 +241,8 @@ def check_precision(model: Model, precision: Precision) -> None:
         )
 
 
-def cut_of(model: Model, threads: int) -> Cut | None:
-    """Where the network of a local model is cropped, and that graph; None where that cannot be, or is not proved.
+def cut_of(model: Model, threads: int) -> tuple[Cut, bytes] | None:
+    """Where the network of a local model is cropped, and that as an ONNX file; None where it cannot be, or no proof is.
 
     Proved in float32, as what is left out does not depend on how numbers are rounded. Raises CardError, and
     MemoryShortageError: what is made of it must not depend on memory.
@@ -232,12 +255,12 @@ def cut_of(model: Model, threads: int) -> Cut | None:
 
     def prove() -> None:
         plain = OpenVinoSegmenter(path, threads)
-        CroppedSegmenter(OpenVinoPart(cut.cropped, threads), cut, plain).prove(path, plain)
+        CroppedSegmenter(OpenVinoPart(network, threads), cut, plain).prove(path, plain)
 
     with _tried(model.card):
-        cut = find_crops(path, len(model.card.channels), threads)
+        cut, network = find_crops(path, len(model.card.channels), threads)
         prove_once(prove, "part, before it is quantised", model.digest, threads)
-        return cut
+        return cut, network
     return None
 
 
@@ -314,11 +337,8 @@ def _engine(card: Card) -> Iterator[None]:
 
 def _confirm(segmenter: Segmenter, card: Card) -> None:
     """Try a local network's promise: a small price for what depends on it."""
-    sight = card.sight()
-    if not sight.local or sight.fixed:
-        return
     try:
-        error = largest_error(segmenter, sight, len(card.channels))
+        error = largest_error(segmenter, card.sight(), len(card.channels))
     except ModelError as fault:
         raise ModelError(f"model {card.name}: its promise to be local cannot be tried: {fault}") from fault
     if error > rounding_of(segmenter):

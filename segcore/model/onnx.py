@@ -33,6 +33,11 @@ def session_options(threads: int) -> onnxruntime.SessionOptions:
     return options
 
 
+def has_gpu() -> bool:
+    """Whether this ONNX Runtime was built for a GPU. Whether there is one shows where a network is loaded."""
+    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+
+
 def _last() -> onnxruntime.RunOptions:
     """Of a run after which the arena is given back."""
     options = onnxruntime.RunOptions()
@@ -45,11 +50,11 @@ class OnnxSegmenter:
 
     def __init__(self, path: Path, threads: int, streams: int = 1) -> None:
         """`streams`: how many windows, all of one size, are run side by side on a CPU, sharing the threads."""
-        available = onnxruntime.get_available_providers()
         # TF32 keeps 10 bits of a float32: too few for the scores of tiles to be those of the whole.
         options_of = {"CUDAExecutionProvider": {"use_tf32": 0}, "CPUExecutionProvider": {}}
+        available = onnxruntime.get_available_providers()
         providers = [(name, given) for name, given in options_of.items() if name in available]
-        if "CUDAExecutionProvider" in available:
+        if has_gpu():
             streams = 1
         # Each of several brings a thread of its own. These need not wait for one another, as those of one window do
         # after every layer: where another program has a core, that takes twice the time.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +10,10 @@ import numpy as np
 from segcore.box import Box
 from segcore.errors import ModelError
 from segcore.machine import release_memory
+from segcore.model.cut import Cut
 from segcore.model.probe import ROUNDING, first_taken
 from segcore.model.segmenter import Floats, Part, Segmenter
-from segcore.model.stages import Cut, find_stages
+from segcore.model.stages import find_stages
 from segcore.spec import times
 from segcore.staging import Staging, chunks, inside
 
@@ -47,8 +47,8 @@ class StagedSegmenter:
         self.stages, self._staging, self._threads = cut.stages, staging, threads
         # Each of these has all the weights that lie inside of it: what is not run here is not kept.
         self._takes, self._insides = cut.takes, cut.inner[: staging.levels + 1]
-        self._down = [load(part, threads, True) for part in cut.down[: staging.levels]]
-        self._up = [load(part, threads, True) for part in cut.up[: staging.levels]]
+        self._down = [load(part.file(), threads, True) for part in cut.down[: staging.levels]]
+        self._up = [load(part.file(), threads, True) for part in cut.up[: staging.levels]]
         self._inner: tuple[int, Part] | None = None
 
     def __call__(self, batch: Floats, wanted: Box | None = None) -> Floats:
@@ -117,7 +117,7 @@ class StagedSegmenter:
         """The part inside of so many levels. One is kept: windows are mostly of one size, and weights are large."""
         if self._inner is None or self._inner[0] != depth:
             self._inner = None
-            self._inner = depth, self._load(self._insides[depth], self._threads, False)
+            self._inner = depth, self._load(self._insides[depth].file(), self._threads, False)
         return self._inner[1]
 
     def _prove(self, what: object, depth: int, rounding: float) -> None:
@@ -159,8 +159,8 @@ class CroppedSegmenter:
 
     def __init__(self, network: Part, cut: Cut, plain: Segmenter) -> None:
         self.device, self.engine, self.batch = plain.device, plain.engine, plain.batch
-        # Where to crop: the parts, each of which has weights, are not run, and what is has been loaded.
-        self.cut, self._network = replace(cut, down=(), up=(), inner=(), cropped=b""), network
+        # Where to crop: the parts are not run, and what is has been loaded.
+        self.cut, self._network = cut.without_parts(), network
 
     def __call__(self, batch: Floats, wanted: Box | None = None) -> Floats:
         window = batch.shape[2:]
@@ -197,15 +197,12 @@ class CroppedSegmenter:
             )
 
 
-def find_crops(path: Path, channels: int, threads: int) -> Cut:
-    """Where the network in an ONNX file is cropped, and that graph, without the parts, each of which has weights.
-
-    Raises ModelError where that cannot be.
-    """
+def find_crops(path: Path, channels: int, threads: int) -> tuple[Cut, bytes]:
+    """Where the network in an ONNX file is cropped, and that as an ONNX file. Raises ModelError where it cannot be."""
     cut = find_stages(path, channels, threads)
-    if cut is None or not cut.crops:
+    if cut is None or cut.cropped is None:
         raise ModelError(f"{path} cannot be run in part; run all of it")
-    return replace(cut, down=(), up=(), inner=())
+    return cut.without_parts(), cut.cropped.file()
 
 
 def _error(expected: Floats, found: Floats, box: Box) -> float:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Container, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -21,8 +21,8 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-from segcore.box import Box
 from segcore.errors import ModelError, SegcoreError, one_line
+from segcore.model.cut import Crop, Cut, Piece
 from segcore.model.graph import OnnxGraph, flow_of, multiplications, needed, reads
 from segcore.model.marking import (
     GLOBAL_POOLINGS,
@@ -37,9 +37,8 @@ from segcore.model.marking import (
     named,
 )
 from segcore.model.onnx import session_options
-from segcore.model.segmenter import Integers
 from segcore.spec import Sides
-from segcore.staging import Level, Part, Stages, rising
+from segcore.staging import Level, Part, Stages
 
 #: Sides at which shapes are inferred: multiples of any usual stride, and all different.
 _SIDES = (1024, 1280, 1536)
@@ -47,6 +46,8 @@ _SIDES = (1024, 1280, 1536)
 _CELLS = {2: (12, 24, 48, 96), 3: (8, 12, 24)}
 #: Levels that are peeled at most: of a window 8 levels deep hardly anything is left.
 _MOST = 3
+#: Values that a constant may have which says how others are shaped, or where they are cut; of more, it is a weight.
+_SETTING = 64
 #: Kinds that may see everything; none of them is let in, wherever it lies.
 _FLOODING = (
     GLOBAL_POOLINGS
@@ -65,51 +66,6 @@ _IN_PLACE = named(
 Shapes = dict[str, tuple[int, ...]]
 
 
-@dataclass(frozen=True, slots=True)
-class Crop:
-    """Where a tensor is cropped on its way up: to what rises to a `level`, in `ratio` of its pixels for a cell.
-
-    `risen`: it has been cropped before, further inside, and begins there.
-    """
-
-    level: int
-    ratio: tuple[int, ...]
-    risen: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """A network in stages: what a planner has to know, and the parts as ONNX files, to be run.
-
-    `down[i]` takes (image,) and gives what is pooled; `up[i]` takes what `takes[i]` says of (image, risen) and gives
-    what has risen by a level; `inner[n]` is what is inside of n levels, `inner[0]` the network itself. `cropped` is the
-    network in one pass, of which a part rises: it takes the image, and for every one of `crops` the first pixel and the
-    one behind the last (int64), per axis. It is empty where that cannot be.
-    """
-
-    stages: Stages
-    down: tuple[bytes, ...]
-    up: tuple[bytes, ...]
-    takes: tuple[tuple[bool, bool], ...]
-    inner: tuple[bytes, ...]
-    cropped: bytes
-    crops: tuple[Crop, ...]
-
-    def cropping(self, window: tuple[int, ...], wanted: Box) -> tuple[Box, list[Integers]]:
-        """What rises of a window where a box of it is wanted, and what `cropped` takes beside the image for that."""
-        levels = self.stages.levels
-        rises = [box for _, box in rising(window, wanted, levels)]
-        # What has risen to a level begins where it was cropped further inside; within all of that, at its beginning.
-        origins = [box.fine(level.factor).start for box, level in zip(rises[1:], levels[1:], strict=True)]
-        ends = list[Integers]()
-        for crop in self.crops:
-            box = rises[crop.level]
-            if crop.risen and crop.level < len(origins):
-                box = box.shift([-a for a in origins[crop.level]])
-            ends += [np.array(end, np.int64) * crop.ratio for end in (box.start, box.stop)]
-        return rises[0].fine(levels[0].factor), ends
-
-
 def find_stages(path: Path, channels: int, threads: int = 2) -> Cut | None:
     """The stages of the network in an ONNX file, as many as there are; None where there are none.
 
@@ -126,39 +82,33 @@ class _Cutter:
     """A graph while it is cut."""
 
     def __init__(self, path: Path, channels: int, threads: int) -> None:
-        graph = OnnxGraph(path, threads)
-        if graph.spatial is None or any(graph.spatial) or graph.channels not in (None, channels):
-            raise ModelError(f"{path} has fixed sizes: {graph.spatial}")
-        self._path, self._ndim, self._threads = path, len(graph.spatial), threads
+        self._path, self._ndim, self._threads = path, _free_axes(path, channels, threads), threads
         self._model = _simplified(path, threads)
         if len(self._model.graph.output) != 1:
             raise ModelError(f"{path} has several outputs")
         self._initial = {tensor.name: tensor for tensor in self._model.graph.initializer}
+        self._weights = {name: tensor for name, tensor in self._initial.items() if math.prod(tensor.dims) > _SETTING}
         inputs = [declared for declared in self._model.graph.input if declared.name not in self._initial]
         self._x, self._y = inputs[0].name, self._model.graph.output[0].name
         self._nodes = needed(self._model.graph.node, {self._y})
         self._data, _ = flow_of(self._nodes, self._x)
-        self._shapes = _shapes(self._model, inputs[0].name, (1, channels, *_SIDES[: self._ndim]))
+        given = {self._x: (1, channels, *_SIDES[: self._ndim])}
+        given |= {name: tuple(tensor.dims) for name, tensor in self._weights.items()}
+        self._shapes = _shapes(self._model, given)
         if unknown := [name for name in self._data if name not in self._shapes]:
             raise ModelError(f"{path}: the shape of {unknown[0]} cannot be told")
         self._refuse()
 
     def cut(self) -> Cut | None:
         """Peel one level after the other, from outside."""
-        levels, down, up, takes, inner = (
-            list[Level](),
-            list[bytes](),
-            list[bytes](),
-            list[tuple[bool, bool]](),
-            [self._part([self._x], self._y)],
-        )
-        x, y, ways = self._x, self._y, list[tuple[str, str]]()
+        levels, down, up, takes = list[Level](), list[ModelProto](), list[ModelProto](), list[tuple[bool, bool]]()
+        x, y, ways, inner = self._x, self._y, list[tuple[str, str]](), [self._part([self._x], self._y)]
         while len(levels) < _MOST and (found := self._level(x, y)) is not None:
             level, pooled, risen = found
             sources = self._sources(x, risen, y)
             levels.append(level)
-            down.append(self._part([x], pooled).SerializeToString())
-            up.append(self._part(sources, y).SerializeToString())
+            down.append(self._part([x], pooled))
+            up.append(self._part(sources, y))
             takes.append((x in sources, risen in sources))
             inner.append(self._part([pooled], risen))
             ways.append((risen, y))
@@ -166,14 +116,15 @@ class _Cutter:
         if not levels:
             return None
         insides = tuple(self._cost(part, self._shapes[part.graph.input[0].name]) for part in inner)
-        cropped, crops = b"", list[Crop]()
+        cropped, crops = None, list[Crop]()
         try:
-            cropped, crops = self._cropped(ways)
+            graph, crops = self._cropped(ways)
+            cropped = Piece(graph, self._weights)
         except ModelError:
             levels = [replace(level, rise=0.0) for level in levels]
         stages = Stages(tuple(levels), insides, self._shapes[self._x][1], self._shapes[self._y][1])
-        parts = tuple(part.SerializeToString() for part in inner)
-        return Cut(stages, tuple(down), tuple(up), tuple(takes), parts, cropped, tuple(crops))
+        pieces = (tuple(Piece(part, self._weights) for part in parts) for parts in (down, up, inner))
+        return Cut(stages, next(pieces), next(pieces), tuple(takes), next(pieces), cropped, tuple(crops))
 
     def _refuse(self) -> None:
         for node in self._nodes:
@@ -260,7 +211,10 @@ class _Cutter:
         return [name for name in (x, risen) if name in taken or name == y]
 
     def _part(self, sources: list[str], result: str) -> ModelProto:
-        """The nodes from some tensors to another as a model. Raises ModelError where they need anything else."""
+        """The nodes from some tensors to another as a model, but for its weights.
+
+        Raises ModelError where they need anything else.
+        """
         nodes = needed(self._nodes, {result}, set(sources))
         made = {name for node in nodes for name in node.output}
         taken = {name for node in nodes for name in reads(node)}
@@ -271,7 +225,7 @@ class _Cutter:
             for name in sources
         ]
         outputs = [helper.make_tensor_value_info(result, TensorProto.FLOAT, None)]
-        initial = [self._initial[name] for name in sorted(taken & set(self._initial))]
+        initial = [self._initial[name] for name in sorted(taken & (self._initial.keys() - self._weights.keys()))]
         graph = helper.make_graph(nodes, "segflow", inputs, outputs, initial)
         return self._model_of(graph)
 
@@ -291,7 +245,7 @@ class _Cutter:
             raise ModelError(f"{self._path}: what rises depends on a size")
         return sorted(taken & self._data)
 
-    def _cropped(self, ways: Sequence[tuple[str, str]]) -> tuple[bytes, list[Crop]]:
+    def _cropped(self, ways: Sequence[tuple[str, str]]) -> tuple[ModelProto, list[Crop]]:
         """See `Cut`; `ways`: where the way up of every level begins and ends. Raises ModelError where it cannot be."""
         if next(imported.version for imported in self._model.opset_import if imported.domain in STANDARD) < 10:
             raise ModelError(f"{self._path}: its Slice takes no inputs")
@@ -327,7 +281,7 @@ class _Cutter:
             image.output,
             [*image.initializer, numpy_helper.from_array(np.arange(2, 2 + self._ndim, dtype=np.int64), axes)],
         )
-        return self._model_of(graph).SerializeToString(), crops
+        return self._model_of(graph), crops
 
     # Measuring.
 
@@ -395,7 +349,7 @@ class _Cutter:
                 marking.rewrite(node)
         marked = needed(marking.nodes, {result})
         taken = {name for node in marked for name in reads(node)}
-        initial = [tensor for tensor in part.graph.initializer if tensor.name in taken]
+        initial = [self._initial[name] for name in sorted(taken & self._initial.keys())]
         graph = helper.make_graph(marked, "segflow", part.graph.input, part.graph.output, initial)
         model = helper.make_model(graph, opset_imports=part.opset_import, ir_version=part.ir_version)
         options = session_options(self._threads)
@@ -494,21 +448,36 @@ def _simplified(path: Path, threads: int) -> ModelProto:
             raise ModelError(f"{path} cannot be simplified by ONNX Runtime: {one_line(error)}") from error
 
 
-def _shapes(model: ModelProto, source: str, shape: tuple[int, ...]) -> Shapes:
-    """Shapes of all tensors for an input of this shape. Raises ModelError where they cannot be told."""
+def _free_axes(path: Path, channels: int, threads: int) -> int:
+    """How many axes an image has, all of which must be free. Raises ModelError where they are not."""
+    graph = OnnxGraph(path, threads)
+    if graph.spatial is None or any(graph.spatial) or graph.channels not in (None, channels):
+        raise ModelError(f"{path} has fixed sizes: {graph.spatial}")
+    return len(graph.spatial)
+
+
+def _shapes(model: ModelProto, given: Shapes) -> Shapes:
+    """Shapes of all tensors where some are given; those of weights are, as their values make no shape.
+
+    Raises ModelError where they cannot be told.
+    """
+    kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     graph = helper.make_graph(
         model.graph.node,
         "segflow",
-        [helper.make_tensor_value_info(source, TensorProto.FLOAT, shape)],
+        [
+            helper.make_tensor_value_info(name, kinds.get(name, TensorProto.FLOAT), shape)
+            for name, shape in given.items()
+        ],
         [helper.make_tensor_value_info(output.name, TensorProto.FLOAT, None) for output in model.graph.output],
-        model.graph.initializer,
+        [tensor for tensor in model.graph.initializer if tensor.name not in given],
     )
     free = helper.make_model(graph, opset_imports=model.opset_import, ir_version=max(4, model.ir_version))
     try:
         inferred = onnx.shape_inference.infer_shapes(free, data_prop=True).graph
     except Exception as error:  # of the checker, which shares no base but Exception
         raise ModelError(f"shapes cannot be inferred: {one_line(error)}") from error
-    found = {source: shape}
+    found = dict(given)
     for value in (*inferred.value_info, *inferred.output):
         sizes = value.type.tensor_type.shape.dim
         if all(size.HasField("dim_value") for size in sizes):
