@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -47,7 +47,7 @@ def preview(batch: Batch, limits: Limits, as_json: bool) -> int:
         if entry is not None and entry.state == "quarantined" and not limits.retry_failed:
             found.append(Foreseen(job.name, job.uri, "quarantined", reason=entry.reason))
         else:
-            found.append(foresee(job))
+            found.append(foresee(replace(job, alone=limits.at_once(len(batch.jobs)) == 1)))
         if not as_json:
             print(_line(found[-1]))
     work = [scene for scene in found if scene.state in ("new", "changed")]

@@ -301,6 +301,7 @@ def test_the_command_runs_an_archive_and_only_what_is_new(tmp_path: Path, scenes
     model, out = save_local_unet(tmp_path / "unet", "yx"), tmp_path / "out"
     dry = run_segflow("run", scenes, "-m", model, "-o", out, "--dry-run", "--json")
     assert json.loads(dry.stdout)["counts"] == {"new": 6, "refused": 1}
+    foreseen = {scene["name"]: scene["memory"] for scene in json.loads(dry.stdout)["scenes"]}
     assert not out.exists()
     refused = run_segflow("run", scenes, "-m", model, "-o", out, "--dry-run", "--workers", 0, "--tile-timeout", "5s")
     assert refused.returncode == 2
@@ -313,6 +314,9 @@ def test_the_command_runs_an_archive_and_only_what_is_new(tmp_path: Path, scenes
     assert second["counts"] == {"done": 6 - told["counts"]["done"], "up to date": told["counts"]["done"],
                                 "failed": 1, "quarantined": 0, "waiting": 0}  # fmt: skip
     assert second["exit_code"] == 1
+    for i in range(6):  # what is foreseen counts scenes side by side, as a run does
+        made = json.loads((out / f"s{i}" / f"s{i}.json").read_text())["properties"]
+        assert made["segflow:plan"]["predicted_memory_bytes"] == foreseen[f"s{i}"]
     write(scenes / "s1.tif", 99)
     dry = run_segflow("run", scenes, "-m", model, "-o", out, "--dry-run")
     assert dry.returncode == 1
