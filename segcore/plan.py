@@ -40,6 +40,8 @@ PROCESS_BYTES, RUNNER_BYTES = 280 * 2**20, {"onnxruntime": 0, "openvino": 120 * 
 #: back what it frees, where OpenVINO, which keeps its arrays by itself, and torch have them counted above, and of one
 #: that does not (measured).
 _HOLES, _MORE_HOLES = {"onnxruntime": 32 * 2**20, "openvino": 0, "torch": 0}, 64 * 2**20
+#: Copies of the weights that there are besides, while a network is loaded and compared with another one (measured).
+LOADING = 4
 #: Bytes of what runs the parts of a level, unless OpenVINO does, which is counted with it (measured).
 PART_BYTES = 32 * 2**20
 #: Budgets below which a process is to give freed memory back at once, which takes up to a tenth of the time of small
@@ -482,9 +484,8 @@ def _with_memory(
         if staging.levels:
             engine = stages.memory(window.shape, wanted, staging, cost.runner, cost.shortness)
         relative = stages.work(window.shape, wanted, staging) / (stages.inner[0].work * window.size)
-    # Weights as the file has them, as the engine does, and as it has packed them; in stages, as parts are made of them.
-    copies = 4 if staging is not None and staging.levels else 3
-    process = PROCESS_BYTES + RUNNER_BYTES[cost.runner] + copies * cost.weights
+    # Weights as the file has them, as the engine does, and as it has packed them.
+    process = PROCESS_BYTES + RUNNER_BYTES[cost.runner] + 3 * cost.weights
     if in_flight > 1:
         process += _HOLES[cost.runner] + (0 if plan.thrifty else _MORE_HOLES)
     process += PART_BYTES * staging.levels if staging is not None and cost.runner != "openvino" else 0
@@ -494,7 +495,7 @@ def _with_memory(
         given = 4 * cost.classes * window.size if staging is not None and staging.levels else 0
         labelling = array + max(reading, scores + 500 * count + engine - given)
     proving = int(cost.proof_bytes_per_pixel * (window.size if plan.mode == "blend" else min(window.size, _PROVED)))
-    memory = process + max(labelling, array + scores + proving)
+    memory = process + max(labelling, array + scores + proving, LOADING * cost.weights)
     return replace(plan, memory=memory, staging=staging, staged_work=relative)
 
 

@@ -31,7 +31,6 @@ from segcore.model.card import load_card
 from segcore.model.onnx import OnnxPart, OnnxSegmenter
 from segcore.model.openvino import OpenVinoPart, OpenVinoSegmenter
 from segcore.model.probe import noise
-from segcore.model.segmenter import Segmenter
 from segcore.model.staged import CroppedSegmenter, LoadPart, StagedSegmenter, find_crops
 from segcore.model.stages import find_stages
 from segcore.model.unet import UNet
@@ -132,7 +131,7 @@ def test_stages_say_what_one_pass_says(name: str, engine: str, tmp_path: Path) -
     chunk = (44 if network.dims == 2 else 28,) * network.dims
     for levels in range(1, network.most + 1):
         staging = Staging(levels, chunk)
-        staged = StagedSegmenter(network.path, network.whole, network.load_part, 2, 2, staging)
+        staged = StagedSegmenter(network.path, lambda: network.whole, network.load_part, 2, 2, staging)
         staged.prove(network.path)
         assert len(staged.stages.levels) == network.most
         network.check(staged)
@@ -142,7 +141,7 @@ def test_stages_say_what_one_pass_says(name: str, engine: str, tmp_path: Path) -
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_part_of_a_window_says_what_the_whole_says(name: str, engine: str, tmp_path: Path) -> None:
     network = Exported(name, engine, tmp_path)
-    cropped = cropped_of(network.path, network.whole, network.load_part)
+    cropped = cropped_of(network.path, network.load_part)
     cropped.prove(network.path, network.whole)
     network.check(cropped)
     stages, window = cropped.cut.stages, network.window
@@ -152,15 +151,15 @@ def test_a_part_of_a_window_says_what_the_whole_says(name: str, engine: str, tmp
     assert stages.work(window, nothing, ONE_PASS) < 0.99 * stages.work(window, everything, ONE_PASS)
 
 
-def cropped_of(path: Path, whole: Segmenter, load: LoadPart) -> CroppedSegmenter:
+def cropped_of(path: Path, load: LoadPart) -> CroppedSegmenter:
     cut, network = find_crops(path, 2, 2)
-    return CroppedSegmenter(load(network, 2, False), cut, whole)
+    return CroppedSegmenter(load(network, 2, False), cut)
 
 
 def test_a_part_that_shows_too_little_is_found_out(tmp_path: Path) -> None:
     path = export(as_if_trained(plain(2, widths=[7, 9])), tmp_path / "net.onnx", 2)
     whole = OnnxSegmenter(path, 2)
-    cropped = cropped_of(path, whole, OnnxPart)
+    cropped = cropped_of(path, OnnxPart)
     cropped.prove(path, whole)
     stages = cropped.cut.stages
     short = replace(stages.levels[0], up_halo=((0, 0), (0, 0)))
@@ -222,7 +221,7 @@ def test_all_parts_share_their_weights(tmp_path: Path) -> None:
 @pytest.mark.parametrize("side", ["down_halo", "up_halo"])
 def test_a_halo_that_is_short_is_found_out(side: str, tmp_path: Path) -> None:
     path = export(as_if_trained(plain(2, widths=[7, 9])), tmp_path / "net.onnx", 2)
-    staged = StagedSegmenter(path, OnnxSegmenter(path, 2), OnnxPart, 2, 2, Staging(1, (40, 40)))
+    staged = StagedSegmenter(path, lambda: OnnxSegmenter(path, 2), OnnxPart, 2, 2, Staging(1, (40, 40)))
     (level,) = staged.stages.levels
     assert getattr(level, side) == (({"down_halo": 2, "up_halo": 4}[side],) * 2,) * 2
     short = replace(level, **{side: tuple((before - 2, after) for before, after in getattr(level, side))})

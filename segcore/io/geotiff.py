@@ -37,7 +37,7 @@ from segcore.resample import interpolate
 
 #: Longest side (pixels) of a block that is read as it is: of a longer one, a tile shows but a part.
 WIDEST_BLOCK = 2048
-#: Pixels that are unpacked in the time that a read takes by itself (measured), and that are read at once.
+#: Values that are unpacked in the time that a read takes by itself (measured), and that are read at once.
 _A_READ, _AT_ONCE = 2**16, 2**21
 #: Files of a scene that are read side by side: a band in a bucket is a wait, and one on a disk is unpacked.
 _READERS = 3
@@ -209,7 +209,8 @@ class Raster:
             rows, cols = (sample_positions(n, m) for n, m in zip(file.shape, shape, strict=True))
             height, width = source.block_shapes[0]
             wide = min(file.width, max(width, WIDEST_BLOCK))
-            for here, across in product(_runs(rows, height, wide), _runs(cols, width, height)):
+            count = len(positions)
+            for here, across in product(_runs(rows, height, wide * count), _runs(cols, width, height * count)):
                 box = Box((rows[here][0], cols[across][0]), (rows[here][-1] + 1, cols[across][-1] + 1))
                 values = self._read_bands(uri, positions, box)
                 picks = np.ix_(rows[here] - box.start[0], cols[across] - box.start[1])
@@ -331,7 +332,7 @@ def _runs(positions: NDArray[np.intp], block: int, across: int) -> list[slice]:
     """The positions along an axis, in runs that are read at once: from one block or, where little is passed over, from
     several.
 
-    `across`: how many pixels are read for each pixel of the axis.
+    `across`: how many values are read for each pixel of the axis.
     """
     passed_over = (np.diff(positions).max(initial=0) - block) * across
     side = min(WIDEST_BLOCK, _AT_ONCE // across)

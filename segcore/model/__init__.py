@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +17,7 @@ from segcore.files import sha256_of
 from segcore.machine import release_memory
 from segcore.model.card import Card, Model
 from segcore.model.probe import Network, first_taken, largest_error, rounding_of
-from segcore.model.proved import proofs_run, prove_once
+from segcore.model.proved import prove_once
 from segcore.model.quantise import Quantised
 from segcore.model.segmenter import Segmenter
 from segcore.spec import SAME_SCORES, STREAMS, Engine, Precision, Runner, usable_cores
@@ -55,25 +55,6 @@ def load_segmenter(
     the card's word that the network is local. Raises CardError, ModelError, and PlanError for a staging that the
     network does not have.
     """
-    before = proofs_run()
-    segmenter = _loaded(model, threads, staging, quantised, engine, precision)
-    if proofs_run() != before:
-        # What an engine has laid out for the windows of a proof, weights above all, it would keep.
-        del segmenter
-        release_memory()
-        segmenter = _loaded(model, threads, staging, quantised, engine, precision)
-    return segmenter
-
-
-def _loaded(
-    model: Model,
-    threads: int,
-    staging: Staging | None,
-    quantised: Quantised | None,
-    engine: Engine,
-    precision: Precision,
-) -> Segmenter:
-    """The network, loaded and proved."""
     artifact, path = model.weights()
     segmenter: Segmenter
     with _engine(model.card):
@@ -124,14 +105,13 @@ def _load_onnx(model: Model, path: Path, threads: int, staging: Staging | None, 
 
     card, streams = model.card, _streams(model.card, threads)
     usual = partial(OnnxSegmenter, path, threads, streams)
-    on_gpu = usual() if has_gpu() else None  # or nearly so: there may be none here
-    where = on_gpu.engine if on_gpu else "CPU"
+    where = usual().engine if has_gpu() else "CPU"
     if runner_of(model, engine) == "openvino" and (engine == "openvino" or "CPU" in where):
         try:
             from segcore.model.openvino import OpenVinoPart, OpenVinoSegmenter
 
-            quicker = OpenVinoSegmenter(path, threads, streams)
-            prove_once(lambda: _compare(usual(), quicker, card), "engines", model.digest, where, quicker.engine)
+            quicker = partial(OpenVinoSegmenter, path, threads, streams)
+            prove_once(lambda: _compare(usual(), quicker(), card), "engines", model.digest, where, threads)
             return _in_stages(model, path, quicker, OpenVinoPart, threads, staging)
         except MemoryShortageError:
             raise
@@ -139,7 +119,7 @@ def _load_onnx(model: Model, path: Path, threads: int, staging: Staging | None, 
             if engine == "openvino":
                 raise ModelError(f"model {card.name} does not run in OpenVINO: {fault}; leave --engine out") from fault
             _LOG.info("%s does not run in OpenVINO: %s", card.name, fault)
-    return _in_stages(model, path, on_gpu or usual(), OnnxPart, threads, staging)
+    return _in_stages(model, path, usual, OnnxPart, threads, staging if "CPU" in where else None)
 
 
 def _streams(card: Card, threads: int) -> int:
@@ -150,7 +130,7 @@ def _streams(card: Card, threads: int) -> int:
 def _in_stages(
     model: Model,
     path: Path,
-    plain: Segmenter,
+    plain: Callable[[], Segmenter],
     load: LoadPart,
     threads: int,
     staging: Staging | None,
@@ -158,20 +138,25 @@ def _in_stages(
 ) -> Segmenter:
     """A network that runs in one pass by `plain`, its large windows in stages, or in part, where that is asked for.
 
-    `load`: what loads its parts; `exact`: the same in float32, in which stages are proved where `load` rounds more.
+    `plain`, `load`: what loads it, and its parts; weights are large, and what is not run is not kept. `exact`: what
+    loads parts in float32, in which stages are proved where `load` rounds more.
     """
     if staging is None:
-        return plain
+        return plain()
     from segcore.model.staged import CroppedSegmenter, StagedSegmenter, find_crops
 
     channels = len(model.card.channels)
+
+    def in_part() -> CroppedSegmenter:
+        cut, network = find_crops(path, channels, threads)
+        return CroppedSegmenter(load(network, threads, False), cut)
+
     if staging == ONE_PASS:
         with _tried(model.card):  # else what the plan has saved by it is done after all
-            cut, network = find_crops(path, channels, threads)
-            cropped = CroppedSegmenter(load(network, threads, False), cut, plain)
-            prove_once(lambda: cropped.prove(path, plain), "part", model.digest, plain.engine)
+            cropped = in_part()
+            prove_once(lambda: cropped.prove(path, plain()), "part", model.digest, cropped.engine)
             return cropped
-        return plain
+        return plain()
 
     def staged(load: LoadPart) -> StagedSegmenter:
         return StagedSegmenter(path, plain, load, threads, channels, staging)
@@ -185,7 +170,7 @@ def _in_stages(
             staged(exact).prove(path)
             segmenter.prove(path, _SAME_SHORT)
 
-    prove_once(prove, "stages", model.digest, plain.engine, staging)
+    prove_once(prove, "stages", model.digest, segmenter.engine, staging)
     return segmenter
 
 
@@ -254,8 +239,7 @@ def cut_of(model: Model, threads: int) -> tuple[Cut, bytes] | None:
     from segcore.model.staged import CroppedSegmenter, find_crops
 
     def prove() -> None:
-        plain = OpenVinoSegmenter(path, threads)
-        CroppedSegmenter(OpenVinoPart(network, threads), cut, plain).prove(path, plain)
+        CroppedSegmenter(OpenVinoPart(network, threads), cut).prove(path, OpenVinoSegmenter(path, threads))
 
     with _tried(model.card):
         cut, network = find_crops(path, len(model.card.channels), threads)
@@ -269,7 +253,7 @@ def _load_bf16(model: Model, path: Path, threads: int, staging: Staging | None) 
     check_precision(model, "bf16")
     from segcore.model.openvino import OpenVinoPart, OpenVinoSegmenter
 
-    plain = OpenVinoSegmenter(path, threads, _streams(model.card, threads), "bf16")
+    plain = partial(OpenVinoSegmenter, path, threads, _streams(model.card, threads), "bf16")
     load = partial(OpenVinoPart, floats="bf16")
     return _in_stages(model, path, plain, load, threads, staging, OpenVinoPart)
 
@@ -301,7 +285,8 @@ def _load_int8(model: Model, path: Path, quantised: Quantised, threads: int) -> 
             f"{quantised.path} was made of other parts of {model.card.name} than are found here; install the same "
             f"versions of onnx and onnxruntime on every worker, or remove that file's folder, and run the scene again"
         )
-    cropped = CroppedSegmenter(plain.network, cut, plain)
+    cropped = CroppedSegmenter(plain.network, cut.without_parts())
+    del cut
     with _tried(model.card):  # a part of a window against the same in all of it
         prove_once(lambda: cropped.prove(quantised.path, cropped, _SAME_SHORT), "part", found, plain.engine)
         return cropped

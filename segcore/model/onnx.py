@@ -33,6 +33,10 @@ def session_options(threads: int) -> onnxruntime.SessionOptions:
     return options
 
 
+def _engine(where: str) -> str:
+    return f"onnxruntime {onnxruntime.__version__} ({where})"
+
+
 def has_gpu() -> bool:
     """Whether this ONNX Runtime was built for a GPU. Whether there is one shows where a network is loaded."""
     return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
@@ -79,7 +83,7 @@ class OnnxSegmenter:
         self._input, self._output = inputs[0].name, outputs[0]
         self.device = threading.Lock()
         on = "CUDA" if self._session.get_providers()[0].startswith("CUDA") else f"CPU, {threads} threads"
-        self.engine = f"onnxruntime {onnxruntime.__version__} ({on})"
+        self.engine = _engine(on)
         self.batch = streams if on.startswith("CPU") else 16
         self._crew = ThreadPoolExecutor(streams) if self.batch == streams > 1 else None
         #: Shape of the windows that fill the arena.
@@ -112,6 +116,7 @@ class OnnxPart:
 
     def __init__(self, model: bytes, threads: int, chunks: bool) -> None:
         options = session_options(threads)
+        self.engine = _engine(f"CPU, {threads} threads")
         self._keeps = chunks
         if chunks:
             # An arena spares it new pages for every chunk, and is given back after the last.

@@ -35,6 +35,13 @@ class OpenVinoPart:
         """`weights`: of a network in OpenVINO's own format; `streams`: how many runs share the threads; `floats`: what
         floats are rounded to, f32 or bf16. What is run chunk after chunk is run like anything.
         """
+        if floats == "bf16" and "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            raise ModelError(
+                "this processor has no arithmetic for bfloat16 (AVX512-BF16 or AMX), which would be slower than fp32; "
+                "leave --precision bf16 out, or try --precision int8"
+            )
+        how = f"CPU, {threads} threads" + (", bf16" if floats == "bf16" else "")
+        self.engine = f"openvino {openvino.get_version().split('-')[0]} ({how})"
         # Said in any case: floats would else be rounded to bfloat16 wherever the CPU has it.
         options = {
             "INFERENCE_NUM_THREADS": threads,
@@ -104,11 +111,6 @@ class OpenVinoSegmenter:
         """`streams`: how many windows are run side by side, each on its share of the threads; `precision`: of an ONNX
         file. In bfloat16 all sums are kept in float32. A network in int8 of several inputs is run by its `network`.
         """
-        if precision == "bf16" and "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-            raise ModelError(
-                "this processor has no arithmetic for bfloat16 (AVX512-BF16 or AMX), which would be slower than fp32; "
-                "leave --precision bf16 out, or try --precision int8"
-            )
         try:
             # From bytes, so that weights in files beside it, for which no digest vouches, are not found.
             if path.suffix == ".zip":
@@ -120,9 +122,7 @@ class OpenVinoSegmenter:
                 self.network = OpenVinoPart(path.read_bytes(), threads, streams=streams, floats=floats)
         except (OSError, KeyError, zipfile.BadZipFile, ModelError) as error:
             raise ModelError(f"{path}: {one_line(error)}") from error
-        self.device = threading.Lock()
-        how = f"CPU, {threads} threads" + (", bf16" if precision == "bf16" else "")
-        self.engine = f"openvino {openvino.get_version().split('-')[0]} ({how})"
+        self.device, self.engine = threading.Lock(), self.network.engine
         self.batch = streams
 
     def release(self) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import platform
 from collections.abc import Callable
 from functools import cache
@@ -18,7 +17,7 @@ from pathlib import Path
 from segcore.notes import Notes
 
 #: Raised when other things are proved, or otherwise.
-VERSION = 1
+VERSION = 2
 #: What decides on what a network computes, and where it can be cut.
 _PACKAGES = (
     "segflow",
@@ -33,8 +32,6 @@ _PACKAGES = (
     "torchvision",
 )
 _NOTES = Notes("proved", 1000)
-#: What this process has proved, and where it is noted: there may be no folder that can be written.
-_HELD = set[tuple[str, str]]()
 
 
 def prove_once(prove: Callable[[], None], *what: object) -> None:
@@ -47,18 +44,11 @@ def prove_once(prove: Callable[[], None], *what: object) -> None:
         prove()
         return
     key = hashlib.sha256(repr((*what, *_here())).encode()).hexdigest()
-    held = os.environ.get("SEGFLOW_CACHE", ""), key
     with contextlib.suppress(KeyError):
-        if held in _HELD or _NOTES[key] is True:
+        if _NOTES[key] is True:
             return
     prove()
     _NOTES[key] = True
-    _HELD.add(held)
-
-
-def proofs_run() -> int:
-    """How many proofs this process has run that it need not run again."""
-    return len(_HELD)
 
 
 @cache

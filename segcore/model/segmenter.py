@@ -59,6 +59,9 @@ class Segmenter(Protocol):
 class Part(Protocol):
     """A part of a network with one output, run again and again."""
 
+    engine: str
+    """What runs it, for log and manifest."""
+
     def __call__(self, given: Sequence[Floats | Integers], last: bool = False) -> Floats:
         """What it makes of its inputs, images of (1, C, *spatial) and numbers. Raises ModelError.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,16 +28,18 @@ LoadPart = Callable[[bytes, int, bool], Part]
 class StagedSegmenter:
     """An ONNX file, windows of which that are larger than a chunk are run in stages.
 
-    Windows that fit in one chunk, and those whose sides do not fit the levels, are run in one pass, by `plain`. Raises
-    ModelError where the network has no such stages, and where a part does not load. A window in chunks that are too
-    small raises PlanError.
+    Windows that fit in one chunk, and those whose sides do not fit the levels, are run in one pass, by what `plain`
+    loads when there is one. Raises ModelError where the network has no such stages, and where a part does not load. A
+    window in chunks that are too small raises PlanError.
     """
 
+    batch = 1
+
     def __init__(
-        self, path: Path, plain: Segmenter, load: LoadPart, threads: int, channels: int, staging: Staging
+        self, path: Path, plain: Callable[[], Segmenter], load: LoadPart, threads: int, channels: int, staging: Staging
     ) -> None:
-        self._plain, self._load = plain, load
-        self.device, self.engine, self.batch = plain.device, plain.engine, plain.batch
+        self._path, self._channels, self._threads = path, channels, threads
+        self._load_plain, self._load, self._plain = plain, load, list[Segmenter]()
         cut = find_stages(path, channels, threads)
         if cut is None or len(cut.stages.levels) < staging.levels:
             found = len(cut.stages.levels) if cut else 0
@@ -44,18 +47,19 @@ class StagedSegmenter:
                 f"{path} is to be run with {staging.levels} levels in chunks, and has {found} that can be; run it in "
                 f"one pass"
             )
-        self.stages, self._staging, self._threads = cut.stages, staging, threads
-        # Each of these has all the weights that lie inside of it: what is not run here is not kept.
-        self._takes, self._insides = cut.takes, cut.inner[: staging.levels + 1]
+        self.stages, self._staging, self._takes = cut.stages, staging, cut.takes
         self._down = [load(part.file(), threads, True) for part in cut.down[: staging.levels]]
         self._up = [load(part.file(), threads, True) for part in cut.up[: staging.levels]]
-        self._inner: tuple[int, Part] | None = None
+        # What is not run here is not kept: all but the outermost levels have nearly all of the weights.
+        self._inner: tuple[int, Part] | None = staging.levels, load(cut.inner[staging.levels].file(), threads, False)
+        self.device, self.engine = threading.Lock(), self._down[0].engine
 
     def __call__(self, batch: Floats, wanted: Box | None = None) -> Floats:
         window = batch.shape[2:]
         depth = self.stages.depth(window, self._staging)
         if depth == 0:
-            return self._plain(batch)
+            self._plain = self._plain or [self._load_plain()]
+            return self._plain[0](batch)
         box = Box.of(window) if wanted is None else wanted
         # What is not wanted is not touched, and so takes no memory.
         scores = np.empty((len(batch), self.stages.scores, *window), np.float32)
@@ -66,7 +70,7 @@ class StagedSegmenter:
         return scores
 
     def release(self) -> None:
-        self._plain.release()
+        self._plain.clear()
 
     def prove(self, what: object, rounding: float = ROUNDING["CPU"]) -> None:
         """Run each level on noise, in chunks and in one pass.
@@ -75,7 +79,8 @@ class StagedSegmenter:
         """
         for depth in range(self._staging.levels):
             self._prove(what, depth, rounding)
-        self._inner = None
+        self._inner = None  # and what it keeps of the windows of the proof
+        self._inside(self._staging.levels)
 
     def _rise(self, out: Floats, image: Floats, depth: int, wanted: Box, staging: Staging) -> None:
         """Write what rises to a level in a wanted box of its grid. `image`: what has gone down to it."""
@@ -117,7 +122,9 @@ class StagedSegmenter:
         """The part inside of so many levels. One is kept: windows are mostly of one size, and weights are large."""
         if self._inner is None or self._inner[0] != depth:
             self._inner = None
-            self._inner = depth, self._load(self._insides[depth].file(), self._threads, False)
+            cut = find_stages(self._path, self._channels, self._threads)
+            assert cut is not None, f"{self._path} had stages"
+            self._inner = depth, self._load(cut.inner[depth].file(), self._threads, False)
         return self._inner[1]
 
     def _prove(self, what: object, depth: int, rounding: float) -> None:
@@ -151,16 +158,14 @@ class StagedSegmenter:
 class CroppedSegmenter:
     """An ONNX file, of whose windows only what is wanted rises (`segcore.staging`).
 
-    `network`: what `Cut.cropped` holds, in whatever numbers; `plain`: the same network without it, whose device it
-    shares, and which is not kept. Unless it is `in_part`, all of a window rises.
+    `network`: what `Cut.cropped` holds, in whatever numbers. Unless it is `in_part`, all of a window rises.
     """
 
-    in_part = True
+    batch, in_part = 1, True
 
-    def __init__(self, network: Part, cut: Cut, plain: Segmenter) -> None:
-        self.device, self.engine, self.batch = plain.device, plain.engine, plain.batch
-        # Where to crop: the parts are not run, and what is has been loaded.
-        self.cut, self._network = cut.without_parts(), network
+    def __init__(self, network: Part, cut: Cut) -> None:
+        self.device, self.engine = threading.Lock(), network.engine
+        self.cut, self._network = cut, network
 
     def __call__(self, batch: Floats, wanted: Box | None = None) -> Floats:
         window = batch.shape[2:]
