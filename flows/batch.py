@@ -13,6 +13,7 @@ from segcore.errors import CardError, PlanError, ProductError
 from segcore.io import Problem, find_scenes, product_names
 from segcore.ledger import RUN_FILES
 from segcore.machine import check_memory
+from segcore.model import check_processor
 from segcore.model.card import built_in_models, load_card
 from segcore.scene import Deadlines
 from segcore.spec import Job, Settings
@@ -178,10 +179,13 @@ def find_jobs(
     `folders`: how many names of folders are put in front of a product's name; `cluster`: whose workers label them, None
     for this machine's. Raises SegcoreError where an argument leads nowhere or to no scene at all, the model is not what
     its card says, two scenes would write the same product, `out` cannot be written, or this machine has not so much
-    memory.
+    memory, or no arithmetic for the numbers that are wanted.
     """
+    if not out:
+        raise PlanError('--out "" names no folder; give the one that products are to lie in')
     if cluster is None:
         check_memory(settings.memory)
+        check_processor(settings.precision)
     loaded = load_card(model)
     loaded.weights()
     items = Path(out) / HIDDEN / ".items"  # no product has a name with a dot in front

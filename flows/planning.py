@@ -66,6 +66,7 @@ def plan(
     from segcore.calibrate import calibrate
     from segcore.io import find_scenes, product_name
     from segcore.machine import check_memory
+    from segcore.model import check_processor
     from segcore.survey import survey
 
     uris = find_scenes([scene]).strict()
@@ -75,6 +76,7 @@ def plan(
         memory, tile, mode, overlap, weights, tolerance, precision, engine, agreement, scores, bands, scale, offset
     )
     check_memory(settings.memory)
+    check_processor(settings.precision)
     prospect = survey(Job(product_name(uris[0]), uris[0], model, out, settings))
     prospect.model.weights()  # what a run would refuse
     speed = calibrate(prospect) if calibrated else prospect.speed

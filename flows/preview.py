@@ -42,12 +42,13 @@ def preview(batch: Batch, limits: Limits, as_json: bool) -> int:
     if not as_json:
         for scene in found:
             print(_line(scene))
+    at_once = limits.at_once(len(batch.jobs))
     for job in batch.jobs:
         entry = ledger.get(job.name)
         if entry is not None and entry.state == "quarantined" and not limits.retry_failed:
             found.append(Foreseen(job.name, job.uri, "quarantined", reason=entry.reason))
         else:
-            found.append(foresee(replace(job, alone=limits.at_once(len(batch.jobs)) == 1)))
+            found.append(foresee(replace(job, alone=at_once == 1)))
         if not as_json:
             print(_line(found[-1]))
     work = [scene for scene in found if scene.state in ("new", "changed")]
@@ -56,7 +57,7 @@ def preview(batch: Batch, limits: Limits, as_json: bool) -> int:
         "tiles": sum(scene.tiles for scene in work),
         "pixels": sum(scene.pixels for scene in work),
         "memory": max((scene.memory for scene in work), default=0),
-        "scratch": max((scene.scratch for scene in work), default=0),
+        "scratch": sum(sorted(scene.scratch for scene in work)[-at_once:]),
         "product": sum(scene.product for scene in work),
         "seconds": _seconds(work),
     }
@@ -103,10 +104,9 @@ def _closing(totals: dict[str, object], work: Sequence[Foreseen]) -> Iterator[st
     yield ", ".join(f"{count} {state}" for state, count in counts.items())
     if work:
         pixels = sum(scene.pixels for scene in work)
-        yield f"{totals['tiles']} tiles, {pixels / 1e6:.4g} megapixels, one scene after the other"
-        most, scratch = (max(getattr(scene, key) for scene in work) for key in ("memory", "scratch"))
-        product = sum(scene.product for scene in work)
-        sizes = format_bytes(most), format_bytes(scratch), format_bytes(product)
+        yield f"{totals['tiles']} tiles, {pixels / 1e6:.4g} megapixels"
+        sizes = [format_bytes(int(str(totals[key]))) for key in ("memory", "scratch", "product")]
         yield f"at most {sizes[0]} of memory, {sizes[1]} of scratch, {sizes[2]} of products"
         seconds = _seconds(work)
-        yield "time: not known, this model has not run here" if seconds is None else f"time: {format_seconds(seconds)}"
+        known = f"time: {format_seconds(seconds or 0)}, one scene after the other"
+        yield "time: not known, this model has not run here" if seconds is None else known

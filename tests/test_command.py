@@ -146,6 +146,12 @@ def test_bad_settings(tmp_path: Path, landsat: Path, run_segflow: Run, options: 
     assert {path.name for path in (tmp_path / "out").glob("*")} <= RUN_FILES
 
 
+def test_a_run_without_a_folder(landsat: Path, run_segflow: Run) -> None:
+    ended = run_segflow("run", landsat, "-m", CLOUDS, "--out", "")
+    assert ended.returncode == 2
+    assert "names no folder" in only_line(ended)
+
+
 def test_weights_with_another_digest(tmp_path: Path, landsat: Path, run_segflow: Run) -> None:
     model = save_local_unet(tmp_path / "unet", "yx", BANDS)
     document = json.loads((model / "card.json").read_text())

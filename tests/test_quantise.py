@@ -18,6 +18,7 @@ import pytest
 import rasterio
 from conftest import save_local_unet
 
+from flows.batch import find_jobs
 from segcore import model as engines
 from segcore.box import Box
 from segcore.calibrate import calibrate
@@ -123,6 +124,9 @@ def test_bf16_is_refused_where_nothing_runs_it(
         changed.setattr(openvino, "Core", Old)
         with pytest.raises(ModelError, match="no arithmetic for bfloat16"):
             load_segmenter(load_card(str(windowed)), 1, precision="bf16")
+        with pytest.raises(ModelError, match="no arithmetic for bfloat16"):  # before there is a plan
+            find_jobs([str(river)], str(windowed), str(tmp_path), Settings(precision="bf16", memory=2**20))
+        find_jobs([str(river)], str(windowed), str(tmp_path), Settings(precision="bf16"), cluster="tcp://elsewhere")
     monkeypatch.setattr(engines, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match="pip install openvino"):
         survey(job(river, windowed, tmp_path, precision="bf16"))

@@ -226,6 +226,14 @@ def check_precision(model: Model, precision: Precision) -> None:
         )
 
 
+def check_processor(precision: Precision) -> None:
+    """Raises ModelError where this machine, which need not be a worker, cannot run networks in these numbers."""
+    if precision == "bf16" and find_spec("openvino"):
+        from segcore.model.openvino import check_bf16
+
+        check_bf16()
+
+
 def cut_of(model: Model, threads: int) -> tuple[Cut, bytes] | None:
     """Where the network of a local model is cropped, and that as an ONNX file; None where it cannot be, or no proof is.
 

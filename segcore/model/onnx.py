@@ -69,7 +69,9 @@ class OnnxSegmenter:
             # From bytes, so that weights in files beside it, for which no digest vouches, are not found.
             self._session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=providers)
         except Exception as error:  # onnxruntime's exceptions share no base but Exception
-            raise ModelError(f"{path} does not load in ONNX Runtime: {one_line(error)}") from error
+            raise ModelError(
+                f"{path} does not load in ONNX Runtime: {one_line(error)}; copy it again, or export the network again"
+            ) from error
         inputs = self._session.get_inputs()
         if len(inputs) != 1 or inputs[0].type != "tensor(float)":
             found = ", ".join(f"{i.name}: {i.type}" for i in inputs)

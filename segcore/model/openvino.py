@@ -20,6 +20,15 @@ from segcore.spec import Precision, times
 _KEPT = 64
 
 
+def check_bf16() -> None:
+    """Raises ModelError where this processor has no arithmetic for bfloat16."""
+    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise ModelError(
+            "this processor has no arithmetic for bfloat16 (AVX512-BF16 or AMX), which would be slower than fp32; "
+            "leave --precision bf16 out, or try --precision int8"
+        )
+
+
 class OpenVinoPart:
     """A part of a network as ONNX, on the CPU, with one output. Raises ModelError where it does not load."""
 
@@ -35,11 +44,8 @@ class OpenVinoPart:
         """`weights`: of a network in OpenVINO's own format; `streams`: how many runs share the threads; `floats`: what
         floats are rounded to, f32 or bf16. What is run chunk after chunk is run like anything.
         """
-        if floats == "bf16" and "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-            raise ModelError(
-                "this processor has no arithmetic for bfloat16 (AVX512-BF16 or AMX), which would be slower than fp32; "
-                "leave --precision bf16 out, or try --precision int8"
-            )
+        if floats == "bf16":
+            check_bf16()
         how = f"CPU, {threads} threads" + (", bf16" if floats == "bf16" else "")
         self.engine = f"openvino {openvino.get_version().split('-')[0]} ({how})"
         # Said in any case: floats would else be rounded to bfloat16 wherever the CPU has it.
