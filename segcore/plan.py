@@ -484,8 +484,9 @@ def _with_memory(
         if staging.levels:
             engine = stages.memory(window.shape, wanted, staging, cost.runner, cost.shortness)
         relative = stages.work(window.shape, wanted, staging) / (stages.inner[0].work * window.size)
-    # Weights as the file has them, as the engine does, and as it has packed them.
-    process = PROCESS_BYTES + RUNNER_BYTES[cost.runner] + 3 * cost.weights
+    # Weights as the file has them, as the engine does, and as it has packed them; in stages several parts have some.
+    copies = 4 if staging is not None and staging.levels else 3
+    process = PROCESS_BYTES + RUNNER_BYTES[cost.runner] + copies * cost.weights
     if in_flight > 1:
         process += _HOLES[cost.runner] + (0 if plan.thrifty else _MORE_HOLES)
     process += PART_BYTES * staging.levels if staging is not None and cost.runner != "openvino" else 0
