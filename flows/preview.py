@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from flows.batch import ALL_DONE, SOME_FAILED, Batch, Limits
 from segcore.errors import SegcoreError
@@ -52,7 +52,7 @@ def preview(batch: Batch, limits: Limits, as_json: bool) -> int:
         if not as_json:
             print(_line(found[-1]))
     work = [scene for scene in found if scene.state in ("new", "changed")]
-    totals = {
+    totals: dict[str, Any] = {
         "counts": dict(Counter(scene.state for scene in found)),
         "tiles": sum(scene.tiles for scene in work),
         "pixels": sum(scene.pixels for scene in work),
@@ -64,7 +64,7 @@ def preview(batch: Batch, limits: Limits, as_json: bool) -> int:
     if as_json:
         print(json.dumps({**totals, "scenes": [asdict(scene) for scene in found]}, indent=2))
     else:
-        for line in _closing(totals, work):
+        for line in _closing(totals, any_work=bool(work)):
             print(line)
     return SOME_FAILED if any(scene.state == "refused" for scene in found) else ALL_DONE
 
@@ -98,15 +98,13 @@ def _line(scene: Foreseen) -> str:
     return f"{scene.state:12}{scene.name}{f': {told}' if told else ''}"
 
 
-def _closing(totals: dict[str, object], work: Sequence[Foreseen]) -> Iterator[str]:
-    counts = totals["counts"]
-    assert isinstance(counts, dict)
-    yield ", ".join(f"{count} {state}" for state, count in counts.items())
-    if work:
-        pixels = sum(scene.pixels for scene in work)
-        yield f"{totals['tiles']} tiles, {pixels / 1e6:.4g} megapixels"
-        sizes = [format_bytes(int(str(totals[key]))) for key in ("memory", "scratch", "product")]
-        yield f"at most {sizes[0]} of memory, {sizes[1]} of scratch, {sizes[2]} of products"
-        seconds = _seconds(work)
-        known = f"time: {format_seconds(seconds or 0)}, one scene after the other"
-        yield "time: not known, this model has not run here" if seconds is None else known
+def _closing(totals: dict[str, Any], any_work: bool) -> Iterator[str]:
+    yield ", ".join(f"{count} {state}" for state, count in totals["counts"].items())
+    if any_work:
+        yield f"{totals['tiles']} tiles, {totals['pixels'] / 1e6:.4g} megapixels"
+        memory, scratch, product = (format_bytes(totals[key]) for key in ("memory", "scratch", "product"))
+        yield f"at most {memory} of memory, {scratch} of scratch, {product} of products"
+        if totals["seconds"] is None:
+            yield "time: not known, this model has not run here"
+        else:
+            yield f"time: {format_seconds(totals['seconds'])}, one scene after the other"

@@ -41,7 +41,7 @@ PROCESS_BYTES, RUNNER_BYTES = 280 * 2**20, {"onnxruntime": 0, "openvino": 120 * 
 #: that does not (measured).
 _HOLES, _MORE_HOLES = {"onnxruntime": 32 * 2**20, "openvino": 0, "torch": 0}, 64 * 2**20
 #: Copies of the weights that there are besides, while a network is loaded and compared with another one (measured).
-LOADING = 4
+_LOADING = 4
 #: Bytes of what runs the parts of a level, unless OpenVINO does, which is counted with it (measured).
 PART_BYTES = 32 * 2**20
 #: Budgets below which a process is to give freed memory back at once, which takes up to a tenth of the time of small
@@ -496,7 +496,7 @@ def _with_memory(
         given = 4 * cost.classes * window.size if staging is not None and staging.levels else 0
         labelling = array + max(reading, scores + 500 * count + engine - given)
     proving = int(cost.proof_bytes_per_pixel * (window.size if plan.mode == "blend" else min(window.size, _PROVED)))
-    memory = process + max(labelling, array + scores + proving, LOADING * cost.weights)
+    memory = process + max(labelling, array + scores + proving, _LOADING * cost.weights)
     return replace(plan, memory=memory, staging=staging, staged_work=relative)
 
 

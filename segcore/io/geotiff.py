@@ -162,36 +162,32 @@ class Raster:
         )
 
     def read(self, box: Box) -> Floats:
-        files = list(self._by_file())
-        if len(files) == 1:
-            return self._read_file(*files[0], box)
-        return self._gathered(files, box.shape, lambda uri, positions: self._read_file(uri, positions, box))
+        return self._gathered(
+            range(len(self._bands)), box.shape, lambda uri, positions: self._read_file(uri, positions, box)
+        )
 
     def overview(self, shape: Sequence[int], channels: Sequence[int] | None = None) -> Floats:
         wanted = range(len(self._bands)) if channels is None else channels
-        shown = [(uri, [i for i in positions if i in wanted]) for uri, positions in self._by_file()]
-        files = [(uri, positions) for uri, positions in shown if positions]
-        return self._gathered(files, shape, lambda uri, positions: self._thinned(uri, positions, shape))[list(wanted)]
+        return self._gathered(wanted, shape, lambda uri, positions: self._thinned(uri, positions, shape))
 
     def _gathered(
-        self,
-        files: Sequence[tuple[str, list[int]]],
-        shape: Sequence[int],
-        read: Callable[[str, list[int]], Floats],
+        self, channels: Sequence[int], shape: Sequence[int], read: Callable[[str, Sequence[int]], Floats]
     ) -> Floats:
-        """What several files show, (C, *shape), read side by side; nothing is known of channels that none of them has.
+        """Channels at these positions, (len(channels), *shape), out of one file or, side by side, of several.
 
         `read` is given a file and the positions of the channels that it has.
         """
-        out = np.empty((len(self._bands), *shape), np.float32)
+        places: dict[str, list[int]] = {}
+        for place, channel in enumerate(channels):
+            places.setdefault(self._bands[channel].uri, []).append(place)
+        if len(places) == 1:  # by this thread, which has it open
+            return read(next(iter(places)), channels)
+        out = np.empty((len(channels), *shape), np.float32)
 
-        def read_file(uri: str, positions: list[int]) -> None:
-            out[positions] = read(uri, positions)
+        def read_file(uri: str, where: list[int]) -> None:
+            out[where] = read(uri, [channels[place] for place in where])
 
-        if len(files) == 1:  # by this thread, which has it open
-            read_file(*files[0])
-            return out
-        under_way = [self._readers.submit(read_file, *file) for file in files]
+        under_way = [self._readers.submit(read_file, *file) for file in places.items()]
         wait(under_way)  # all of them, before any error: who is told that this has ended may remove the files
         for file in under_way:
             file.result()

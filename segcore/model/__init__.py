@@ -294,7 +294,7 @@ def _load_int8(model: Model, path: Path, quantised: Quantised, threads: int) -> 
             f"versions of onnx and onnxruntime on every worker, or remove that file's folder, and run the scene again"
         )
     cropped = CroppedSegmenter(plain.network, cut.without_parts())
-    del cut
+    del cut  # and its weights
     with _tried(model.card):  # a part of a window against the same in all of it
         prove_once(lambda: cropped.prove(quantised.path, cropped, _SAME_SHORT), "part", found, plain.engine)
         return cropped

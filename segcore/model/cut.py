@@ -30,7 +30,7 @@ class Crop:
 class Piece:
     """A part of a network, which is made into an ONNX file when that is wanted.
 
-    All parts share one copy of the weights, of which a large network has more than a scene has pixels.
+    All parts share one copy of the weights: nearly every part has nearly all of them.
     """
 
     graph: ModelProto

@@ -39,7 +39,8 @@ class StagedSegmenter:
         self, path: Path, plain: Callable[[], Segmenter], load: LoadPart, threads: int, channels: int, staging: Staging
     ) -> None:
         self._path, self._channels, self._threads = path, channels, threads
-        self._load_plain, self._load, self._plain = plain, load, list[Segmenter]()
+        self._load_plain, self._load = plain, load
+        self._plain: Segmenter | None = None
         cut = find_stages(path, channels, threads)
         if cut is None or len(cut.stages.levels) < staging.levels:
             found = len(cut.stages.levels) if cut else 0
@@ -58,8 +59,8 @@ class StagedSegmenter:
         window = batch.shape[2:]
         depth = self.stages.depth(window, self._staging)
         if depth == 0:
-            self._plain = self._plain or [self._load_plain()]
-            return self._plain[0](batch)
+            self._plain = self._plain or self._load_plain()
+            return self._plain(batch)
         box = Box.of(window) if wanted is None else wanted
         # What is not wanted is not touched, and so takes no memory.
         scores = np.empty((len(batch), self.stages.scores, *window), np.float32)
@@ -70,7 +71,7 @@ class StagedSegmenter:
         return scores
 
     def release(self) -> None:
-        self._plain.clear()
+        self._plain = None
 
     def prove(self, what: object, rounding: float = ROUNDING["CPU"]) -> None:
         """Run each level on noise, in chunks and in one pass.

@@ -101,21 +101,21 @@ class _Cutter:
 
     def cut(self) -> Cut | None:
         """Peel one level after the other, from outside."""
-        levels, down, up, takes = list[Level](), list[ModelProto](), list[ModelProto](), list[tuple[bool, bool]]()
-        x, y, ways, inner = self._x, self._y, list[tuple[str, str]](), [self._part([self._x], self._y)]
+        levels, down, up, takes = list[Level](), list[Piece](), list[Piece](), list[tuple[bool, bool]]()
+        x, y, ways, inner = self._x, self._y, list[tuple[str, str]](), [self._piece([self._x], self._y)]
         while len(levels) < _MOST and (found := self._level(x, y)) is not None:
             level, pooled, risen = found
             sources = self._sources(x, risen, y)
             levels.append(level)
-            down.append(self._part([x], pooled))
-            up.append(self._part(sources, y))
+            down.append(self._piece([x], pooled))
+            up.append(self._piece(sources, y))
             takes.append((x in sources, risen in sources))
-            inner.append(self._part([pooled], risen))
+            inner.append(self._piece([pooled], risen))
             ways.append((risen, y))
             x, y = pooled, risen
         if not levels:
             return None
-        insides = tuple(self._cost(part, self._shapes[part.graph.input[0].name]) for part in inner)
+        insides = tuple(self._cost(part.graph, self._shapes[part.graph.graph.input[0].name]) for part in inner)
         cropped, crops = None, list[Crop]()
         try:
             graph, crops = self._cropped(ways)
@@ -123,8 +123,7 @@ class _Cutter:
         except ModelError:
             levels = [replace(level, rise=0.0) for level in levels]
         stages = Stages(tuple(levels), insides, self._shapes[self._x][1], self._shapes[self._y][1])
-        pieces = (tuple(Piece(part, self._weights) for part in parts) for parts in (down, up, inner))
-        return Cut(stages, next(pieces), next(pieces), tuple(takes), next(pieces), cropped, tuple(crops))
+        return Cut(stages, tuple(down), tuple(up), tuple(takes), tuple(inner), cropped, tuple(crops))
 
     def _refuse(self) -> None:
         for node in self._nodes:
@@ -209,6 +208,9 @@ class _Cutter:
         """Which of the image and what has risen the way up starts from."""
         taken = {name for node in needed(self._nodes, {y}, {x, risen}) for name in reads(node)}
         return [name for name in (x, risen) if name in taken or name == y]
+
+    def _piece(self, sources: list[str], result: str) -> Piece:
+        return Piece(self._part(sources, result), self._weights)
 
     def _part(self, sources: list[str], result: str) -> ModelProto:
         """The nodes from some tensors to another as a model, but for its weights.
