@@ -143,12 +143,12 @@ def survey(job: Job, core: tuple[int, ...] | None = None) -> Prospect:
 
     def plan_with(runner: Runner, core: tuple[int, ...] | None) -> Plan:
         measured = job.settings.tolerance is not None
-        cost = model.card.cost(runner, model.weights_bytes, job.settings.precision)
         stages, precision = _stages_of(model, canvas), job.settings.precision
+        held = stages.inner[0].bytes if stages is not None else 0.0
+        cost = model.card.cost(runner, model.weights_bytes, precision, least=held)
         if stages is not None and runner == "openvino" and precision == "fp32":
             # The card's number is what ONNX Runtime holds, which fills up few channels to sixteen.
-            held = min(cost.engine_bytes_per_pixel, _IN_OPENVINO * stages.inner[0].bytes)
-            cost = replace(cost, engine_bytes_per_pixel=held)
+            cost = replace(cost, engine_bytes_per_pixel=min(cost.engine_bytes_per_pixel, _IN_OPENVINO * held))
         try:
             return make_plan(
                 source.grid,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -28,8 +29,8 @@ from segcore.model.openvino import OpenVinoSegmenter
 from segcore.model.probe import probe
 from segcore.plan import make_plan
 from segcore.scaling import fit_scaling
-from segcore.spec import Job, Settings
-from segcore.survey import wanted_by
+from segcore.spec import Job, Precision, Settings
+from segcore.survey import survey, wanted_by
 from segcore.tile import Labeller
 
 pytestmark = pytest.mark.slow
@@ -138,6 +139,21 @@ def test_large_weights_are_held_a_few_times_only(
         predicted = made["segflow:plan"]["predicted_memory_bytes"]
         assert 0.6 * predicted < peak < min(1.1 * predicted, memory), (made["segflow:plan"], peak)
     assert unproved.exists()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_card_that_says_too_little_is_not_believed(
+    tmp_path: Path, scene: Path, model: Path, precision: Precision
+) -> None:
+    modest = tmp_path / "modest"
+    shutil.copytree(model, modest)
+    said = json.loads((modest / "card.json").read_text())
+    (modest / "card.json").write_text(json.dumps(said | {"bytes_per_pixel": 1.0}))
+    settings = Settings(memory=2**32, tile=704, precision=precision)
+    true, low = (
+        survey(Job("scene", str(scene), str(m), str(tmp_path / "out"), settings)).plan for m in (model, modest)
+    )
+    assert 0.9 * true.memory < low.memory <= true.memory
 
 
 def test_a_process_gives_back_what_it_frees_where_memory_is_tight(model: Path) -> None:

@@ -212,11 +212,15 @@ class Card(_Strict):
         """Whether a network with a single output will do: the score of class 1, behind a sigmoid."""
         return self.activation == "sigmoid" and len(self.classes) == 2
 
-    def cost(self, runner: Runner = "onnxruntime", weights: int = 0, precision: Precision = "fp32") -> Cost:
-        """What a pixel costs the planner, the network run in this; `weights`: bytes of its file."""
+    def cost(
+        self, runner: Runner = "onnxruntime", weights: int = 0, precision: Precision = "fp32", least: float = 0.0
+    ) -> Cost:
+        """What a pixel costs the planner, the network run in this; `weights`: bytes of its file; `least`: bytes that
+        its graph holds for a pixel, where that is known: a card may say too little.
+        """
         channels, classes = len(self.channels), len(self.classes)
         # Several windows are run side by side, unless torch runs them.
-        whole = self.bytes_per_pixel * (STREAMS if self.fixed_window and runner != "torch" else 1)
+        whole = max(self.bytes_per_pixel, least) * (STREAMS if self.fixed_window and runner != "torch" else 1)
         if precision == "fp32":
             return Cost(channels, classes, whole, runner, weights)
         # The network in fp32, which it was compared with, is kept for the next scene.
