@@ -44,6 +44,9 @@ _HERE = ("local", "cuda")
 #: What dask does in workers that we do without: looking at all threads all the time (see `Bench.setup`), and trying a
 #: batch again whose worker died (suspects are tried alone instead).
 _SETTINGS = {"distributed.worker.profile.enabled": False, "distributed.scheduler.allowed-failures": 0}
+#: And where worker and scheduler are one process: giving up a worker that has been silent for five minutes. It cannot
+#: be lost; but where the clock is set, it seems so.
+_IN_ONE = {"distributed.scheduler.worker-ttl": None}
 
 #: A worker process that dies while it is started is started so often before a run ends.
 _STARTS = 3
@@ -163,7 +166,7 @@ def local_cluster(processes: int) -> LocalCluster:
 
 
 def _started(processes: int) -> LocalCluster:
-    with dask.config.set(_SETTINGS):
+    with dask.config.set(_SETTINGS if processes else _SETTINGS | _IN_ONE):
         return LocalCluster(
             n_workers=max(1, processes),
             threads_per_worker=TILES_IN_FLIGHT,

@@ -40,6 +40,15 @@ settings.register_profile(
 )
 settings.load_profile("segflow")
 
+#: Modules that take minutes, the longest first.
+_LONGEST = "pack real flow prefect_server command seams stages isolation scene probe memory".split()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long is begun first: else one of two workers is alone with it in the end."""
+    order = {f"test_{name}": place for place, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
 
 def card(**changes: Any) -> Card:
     """A card for arrays: one channel, three classes, local, stride 1, reach 3; `changes` replace fields."""

@@ -16,6 +16,7 @@ import psutil
 import pytest
 import rasterio
 from conftest import save_local_unet
+from distributed import Scheduler
 from rasterio.transform import from_origin
 
 from segcore.box import Box
@@ -121,6 +122,19 @@ def test_errors_that_retrying_cannot_mend_end_the_scene_at_once(tmp_path: Path, 
 def test_nothing_listens_beyond_this_machine(workers: Workers) -> None:
     listening = [c.laddr.ip for c in psutil.Process().net_connections() if c.status == "LISTEN"]
     assert set(listening) <= {"127.0.0.1", "::1"}
+
+
+def test_a_clock_that_is_set_loses_no_worker_of_this_process(workers: Workers) -> None:
+    """Dask gives up a worker whose heart did not beat for five minutes, by the clock on the wall."""
+
+    async def five_minutes_later(dask_scheduler: Scheduler) -> None:
+        for worker in dask_scheduler.workers.values():
+            worker.last_seen -= 400
+        if "worker-ttl" in dask_scheduler.periodic_callbacks:
+            await dask_scheduler.check_worker_ttl()
+
+    workers.client.run_on_scheduler(five_minutes_later)
+    assert not workers.lost
 
 
 def test_no_scheduler_is_said_in_a_line() -> None:

@@ -5,13 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
 import textwrap
-import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -139,60 +135,6 @@ def test_a_task_is_tried_again_only_where_that_may_help(
         """
     )
     assert told["calls"] == ["away", "away", "away", "broken", "held", "stopped"]
-
-
-def test_a_schedule_really_makes_a_run(tmp_path: Path, model: Path, prefect_home: Path) -> None:
-    """With some versions of SQLAlchemy flows run, but schedules never fire: only a scheduled run proves they do."""
-    write(tmp_path / "a.tif", 1)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")} | {
-        "PREFECT_HOME": str(prefect_home),
-        "PREFECT_API_URL": f"http://127.0.0.1:{port}/api",
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "DO_NOT_TRACK": "1",
-        "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "2",
-        "PREFECT_RUNNER_POLL_FREQUENCY": "2",
-    }
-    serve = f"""
-        from datetime import timedelta
-        from flows.segment import segment
-        segment.serve(name="nightly", interval=timedelta(seconds=10), print_starting_message=False, parameters={{
-            "scenes": [{str(tmp_path / "a.tif")!r}], "model": {str(model)!r}, "out": {str(tmp_path / "out")!r}}})
-    """
-    commands = [
-        ["-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
-        ["-c", textwrap.dedent(serve)],
-    ]
-    product, processes = tmp_path / "out" / "a" / "a.json", []
-    with (tmp_path / "log.txt").open("w") as log:
-        try:
-            for command, ready in zip(commands, (lambda: answers(port), product.exists), strict=True):
-                process = subprocess.Popen([sys.executable, *command], env=environment, stdout=log, stderr=log)
-                processes.append(process)
-                until = time.monotonic() + 180
-                while not ready():
-                    assert time.monotonic() < until, (tmp_path / "log.txt").read_text()[-4000:]
-                    assert process.poll() is None, (tmp_path / "log.txt").read_text()[-4000:]
-                    time.sleep(0.5)
-        finally:
-            for process in reversed(processes):
-                process.send_signal(signal.SIGINT)
-                try:
-                    process.wait(20)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
-    assert json.loads((tmp_path / "out" / "run.json").read_text())["exit_code"] == 0
-
-
-def answers(port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/health", timeout=5):
-            return True
-    except OSError:
-        return False
 
 
 def test_the_command_runs_the_flow_and_the_engine_alike(

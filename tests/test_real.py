@@ -81,8 +81,8 @@ def test_the_cloud_mask_agrees_with_its_own_program(
 
 @pytest.mark.slow
 def test_bands_of_three_resolutions_make_one_mask(sentinel: Path, workers: Workers, tmp_path: Path) -> None:
-    whole = label(sentinel, demo.CLOUD_MODEL, tmp_path / "whole", workers)
-    tiled = label(sentinel, demo.CLOUD_MODEL, tmp_path / "tiled", workers, tile=700)
+    whole = label(sentinel, demo.CLOUD_MODEL, tmp_path / "whole", workers, overlap=51)
+    tiled = label(sentinel, demo.CLOUD_MODEL, tmp_path / "tiled", workers, overlap=51, tile=700)
     assert whole[1].read_bytes() == tiled[1].read_bytes()
     with rasterio.open(whole[1]) as mask:
         labels = mask.read(1)
