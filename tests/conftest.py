@@ -41,7 +41,7 @@ settings.register_profile(
 settings.load_profile("segflow")
 
 #: Modules that take minutes, the longest first.
-_LONGEST = "pack real flow prefect_server command seams stages isolation scene probe memory".split()
+_LONGEST = ["pack", "real", "flow", "prefect_server", "command", "seams", "stages", "isolation", "scene", "probe"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
