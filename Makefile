@@ -17,7 +17,7 @@ demo: $(VENV)/.ready  ## label a real Landsat 8 scene and a real head MRI, into 
 	$(BIN)/segflow demo --out $(OUT)
 
 test: $(VENV)/.ready  ## run all tests
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 20
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations 20
 
 check: $(VENV)/.ready  ## lint and types
 	$(BIN)/ruff check .

@@ -23,6 +23,7 @@ from torch import nn
 from segcore import demo
 from segcore.execute import Workers
 from segcore.files import sha256_of
+from segcore.lock import locked
 from segcore.model.card import Card
 from segcore.model.pack import pack
 from segcore.model.unet import UNet
@@ -250,19 +251,35 @@ def draft(
     return fields | changes
 
 
+def _made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A model folder that one of the processes that run tests makes for all of them."""
+    shared = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folder = shared / "models" / name
+    with locked(shared / f"{name}.lock", 600):
+        if not folder.exists():
+            make(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def land_unet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A packed U-Net of four poolings for three bands of Sentinel-2: local, reach 94."""
-    module = decisive(UNet(dims=2, in_channels=3, classes=3, widths=[6, 8, 8, 8, 8]))
-    folder = tmp_path_factory.mktemp("models") / "land"
-    pack(module, draft(channels=("green", "red", "nir"), scaling=[{"step": "standardise"}]), folder)
-    return folder
+    about = draft(channels=("green", "red", "nir"), scaling=[{"step": "standardise"}])
+
+    def make(folder: Path) -> None:
+        pack(decisive(UNet(dims=2, in_channels=3, classes=3, widths=[6, 8, 8, 8, 8])), about, folder)
+
+    return _made_once(tmp_path_factory, "land", make)
 
 
 @pytest.fixture(scope="session")
 def tissue_unet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A packed 3-D U-Net of three poolings for a T1 volume: local, reach 46."""
-    module = decisive(UNet(dims=3, in_channels=1, classes=3, widths=[4, 4, 6, 6]))
-    folder = tmp_path_factory.mktemp("models") / "tissue"
-    pack(module, draft("zyx", ("T1w",), scaling=[{"step": "standardise"}]), folder)
-    return folder
+    about = draft("zyx", ("T1w",), scaling=[{"step": "standardise"}])
+
+    def make(folder: Path) -> None:
+        pack(decisive(UNet(dims=3, in_channels=1, classes=3, widths=[4, 4, 6, 6])), about, folder)
+
+    return _made_once(tmp_path_factory, "tissue", make)

@@ -75,7 +75,7 @@ def test_a_state_dict_and_its_class_become_safetensors_too(tmp_path: Path, suffi
     agrees(load_card(str(tmp_path / "model")), module)
 
 
-@pytest.mark.parametrize(("ndim", "norm"), [(2, "instance"), (3, "batch")])
+@pytest.mark.parametrize(("ndim", "norm"), [(2, "batch"), (3, "instance")])
 def test_networks_of_monai(tmp_path: Path, ndim: int, norm: str) -> None:
     nets = pytest.importorskip("monai.networks.nets")
     arguments = {"spatial_dims": ndim, "in_channels": 1, "out_channels": 3, "features": [4] * 6, "norm": norm}
