@@ -26,16 +26,18 @@ from typing import Literal
 from segcore.box import Box
 from segcore.errors import PlanError
 from segcore.grid import Grid, Rescale, mirrored
-from segcore.spec import Cost, Mode, Runner, Sides, Sight, format_bytes, times
+from segcore.spec import GDAL_CACHE, Cost, Mode, Runner, Sides, Sight, format_bytes, times
 from segcore.staging import ONE_PASS, Stages, Staging
 
 Index = tuple[int, ...]
 Tiling = Literal["exact", "measured", "blend"]
 """How tiles are joined: what `auto` and the settings come to."""
 
-#: Bytes of a worker process with its libraries before it holds any tile, GDAL's block cache among them, and what is
-#: added by what the network is run in (measured).
-PROCESS_BYTES, RUNNER_BYTES = 280 * 2**20, {"onnxruntime": 0, "openvino": 120 * 2**20, "torch": 140 * 2**20}
+#: Bytes of a worker process with its libraries before it holds any tile, and what is added by what the network is run
+#: in (measured).
+PROCESS_BYTES, RUNNER_BYTES = 256 * 2**20, {"onnxruntime": 0, "openvino": 100 * 2**20, "torch": 164 * 2**20}
+#: Bytes that it takes to write scores, beside GDAL's cache (measured).
+_PUBLISHING = 96 * 2**20
 #: Bytes that heaps of several threads keep in holes, where tiles are under way side by side: of a process that gives
 #: back what it frees, where OpenVINO, which keeps its arrays by itself, and torch have them counted above, and of one
 #: that does not (measured).
@@ -496,7 +498,12 @@ def _with_memory(
         given = 4 * cost.classes * window.size if staging is not None and staging.levels else 0
         labelling = array + max(reading, scores + 500 * count + engine - given)
     proving = int(cost.proof_bytes_per_pixel * (window.size if plan.mode == "blend" else min(window.size, _PROVED)))
-    memory = process + max(labelling, array + scores + proving, _LOADING * cost.weights)
+    # GDAL keeps blocks of a raster as they are stored, most often in two bytes, and those of scores in four.
+    raster = len(plan.canvas) == 2
+    cache = min(GDAL_CACHE, 2 * cost.channels * plan.grid.size) if raster else 0
+    written = min(GDAL_CACHE, 4 * cost.classes * plan.grid.size) if raster else 0
+    publishing = _PUBLISHING + written if cost.scores else 0
+    memory = process + max(cache + max(labelling, array + scores + proving), publishing, _LOADING * cost.weights)
     return replace(plan, memory=memory, staging=staging, staged_work=relative)
 
 

@@ -25,6 +25,8 @@ Runner = Literal["onnxruntime", "openvino", "torch"]
 Sides = tuple[tuple[int, int], ...]
 """Pixels before and after, one pair per axis."""
 
+#: GDAL's own block cache takes a share of all memory unless it is bounded (bytes).
+GDAL_CACHE = 64 * 2**20
 #: Difference of scores that counts as none (law 2): engines may choose their arithmetic by the size of a window.
 SAME_SCORES = 1e-4
 #: Windows that an engine has under way at once, each on its share of the threads, where they are small.
@@ -143,7 +145,8 @@ class Cost:
     """What one pixel costs the planner. Bytes are those that windows hold while they are inferred, per input pixel.
 
     `runner`: what the network is run in; `weights`: bytes of its file; `proof_bytes_per_pixel`: held while shorter
-    numbers are compared with fp32; `shortness`: what its arrays take of the same in float32.
+    numbers are compared with fp32; `shortness`: what its arrays take of the same in float32; `scores`: whether they are
+    published, too.
     """
 
     channels: int
@@ -153,6 +156,7 @@ class Cost:
     weights: int = 0
     proof_bytes_per_pixel: float = 0.0
     shortness: float = 1.0
+    scores: bool = False
 
 
 @dataclass(frozen=True, slots=True)

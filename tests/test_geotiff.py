@@ -21,11 +21,12 @@ from rio_cogeo.cogeo import cog_validate
 
 from segcore.box import Box
 from segcore.errors import ProductError, SceneError
-from segcore.io.cog import GDAL_CACHE, _mode_of_four, gdal_environment
+from segcore.io.cog import _mode_of_four, gdal_environment
 from segcore.io.geotiff import Band, Raster, raster_file
 from segcore.io.memory import ArrayLabels
 from segcore.io.scratch import Scratch
 from segcore.io.source import Legend, Wanted, sample_positions
+from segcore.spec import GDAL_CACHE
 
 LEGEND = Legend(((0, "clear", (10, 20, 30)), (1, "cloud", (255, 255, 255)), (2, "shadow", (9, 9, 99))))
 RNG = np.random.default_rng(5)

@@ -124,7 +124,7 @@ def test_a_scene_that_fits_is_one_tile_of_a_local_network() -> None:
     grid = Grid("yx", (1000, 1000))
     assert len(make_plan(grid, grid.shape, Sight((16, 16), REACH), COST, LOTS)) == 1
     assert make_plan(grid, grid.shape, Sight((16, 16), REACH), COST, LOTS).work == pytest.approx(1, abs=0.02)
-    assert len(make_plan(grid, grid.shape, Sight((16, 16), REACH), COST, 400 * 2**20)) > 1
+    assert len(make_plan(grid, grid.shape, Sight((16, 16), REACH), COST, 360 * 2**20)) > 1
 
 
 def test_a_larger_scene_that_fits_is_cut_where_memory_takes_longer_than_halos() -> None:

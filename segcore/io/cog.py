@@ -28,15 +28,13 @@ from rasterio.windows import Window
 from segcore.box import Box
 from segcore.errors import ProductError, one_line
 from segcore.io.source import Frame, LabelReader, Labels, Legend
-from segcore.spec import usable_cores
+from segcore.spec import GDAL_CACHE, usable_cores
 
-#: GDAL's own block cache takes a share of all memory unless it is bounded (bytes).
-GDAL_CACHE = 64 * 2**20
 #: All that rasterio raises; the second one is not among its public errors, and comes through all the same.
 GDAL_ERRORS = (RasterioError, CPLE_BaseError)
 _BLOCK = 512
-#: Side of what is read, written or compared at once (pixels).
-_PIECE = 4 * _BLOCK
+#: Side of what is read, written or compared at once (pixels): of labels, and of scores, which take four bytes each.
+_PIECE, _SCORES_PIECE = 4 * _BLOCK, 2 * _BLOCK
 #: Of DEFLATE: the next one takes two and a half times as long to make masks smaller by a twentieth.
 _LEVEL = 5
 #: How what is only read again is stored: quickly.
@@ -77,25 +75,25 @@ class GeoFrame:
         count = len(legend.classes)
         with self._written(path, count, "float32", float("nan"), halve=None, predictor="YES") as to:
             for band, (index, name, _) in enumerate(legend.classes, start=1):
-                for box in _file_order(self.shape):
+                for box in _file_order(self.shape, _SCORES_PIECE):
                     to.write(labels.read_scores(box, index), band, window=window_of(box))
                 to.set_band_description(band, name)
         return [file for file in (path, _sidecar_of(path)) if file.exists()]
 
     def verify(self, path: Path, labels: LabelReader) -> None:
-        self._compare(path, [(1, labels.read)])
+        self._compare(path, [(1, labels.read)], _PIECE)
 
     def verify_scores(self, path: Path, labels: LabelReader, legend: Legend) -> None:
         bands = enumerate((index for index, _, _ in legend.classes), start=1)
-        self._compare(path, [(band, partial(labels.read_scores, index=index)) for band, index in bands])
+        self._compare(path, [(band, partial(labels.read_scores, index=index)) for band, index in bands], _SCORES_PIECE)
 
-    def _compare(self, path: Path, bands: Sequence[tuple[int, Callable[[Box], NDArray[Any]]]]) -> None:
+    def _compare(self, path: Path, bands: Sequence[tuple[int, Callable[[Box], NDArray[Any]]]], piece: int) -> None:
         try:
             with gdal_environment(), rasterio.open(path) as written:
                 found = frame_of(written)
                 if found != self:
                     raise ProductError(f"{path} does not lie on its scene: {found} should be {self}; report this bug")
-                for box in _file_order(self.shape):
+                for box in _file_order(self.shape, piece):
                     for band, read in bands:
                         if not np.array_equal(written.read(band, window=window_of(box)), read(box), equal_nan=True):
                             raise ProductError(f"{path} differs from what was written to it in {box}; run again")
@@ -191,10 +189,10 @@ def window_of(box: Box) -> Window:
     return Window(col, row, cols, rows)
 
 
-def _file_order(shape: tuple[int, int]) -> Iterator[Box]:
+def _file_order(shape: tuple[int, int], piece: int = _PIECE) -> Iterator[Box]:
     """Squares of whole blocks, as large as the largest tiles: however wide a scene is, no more is held at once."""
-    counts = [-(-n // _PIECE) for n in shape]
-    return (Box.cell(index, (_PIECE, _PIECE), shape) for index in product(*map(range, counts)))
+    counts = [-(-n // piece) for n in shape]
+    return (Box.cell(index, (piece, piece), shape) for index in product(*map(range, counts)))
 
 
 def _overview_files(plain: Path, shape: tuple[int, int]) -> list[Path]:
