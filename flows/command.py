@@ -333,7 +333,8 @@ def command() -> None:
             raise
         text = str(error)
         if callable(usage := getattr(error, "format_message", None)):  # the command line itself was wrong
-            text = f"{usage().replace('Value error, ', '').rstrip('.')}; see `segflow --help`"
+            asked = getattr(getattr(error, "ctx", None), "command_path", "segflow")
+            text = f"{usage().replace('Value error, ', '').rstrip('.')}; see `{asked} --help`"
         elif not isinstance(error, SegcoreError):
             text = (
                 f"unexpected {type(error).__name__}: {one_line(error)}; SEGFLOW_TRACEBACK=1 shows where, please report"

@@ -24,7 +24,7 @@ from math import log2, prod
 from typing import Literal
 
 from segcore.box import Box
-from segcore.errors import PlanError
+from segcore.errors import PlanError, SceneError
 from segcore.grid import Grid, Rescale, mirrored
 from segcore.spec import GDAL_CACHE, Cost, Mode, Runner, Sides, Sight, format_bytes, times
 from segcore.staging import ONE_PASS, Stages, Staging
@@ -274,12 +274,12 @@ def make_plan(
     that must not depend on memory. A network that is neither, or that is asked for exact mode, is run on the whole
     scene in one piece. `measured`: the reach is not the network's own, but one that will do. `stages`: how the network
     can be run in stages, in exact mode; `in_chunks`: whether also in more than one pass; `alone`: whether a process has
-    no tiles of other scenes under way. Raises PlanError, with the
-    numbers, for what cannot work.
+    no tiles of other scenes under way. Raises PlanError, with the numbers, for what cannot work, and SceneError for a
+    scene that is too small.
     """
     chosen = _choose_mode(sight, mode, measured)
     if prod(canvas) < prod(sight.stride):
-        raise PlanError(
+        raise SceneError(
             f"a scene of {times(canvas)} pixels, as the network sees it, is smaller than one cell of the network's "
             f"coarsest level ({times(sight.stride)}): there is nothing to see but padding; label it together with its "
             f"surroundings"

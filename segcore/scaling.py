@@ -35,8 +35,9 @@ class Operation:
         if self.kind == "clip":
             np.clip(values, a, b, out=values)
         elif self.kind == "affine":
-            np.multiply(values, a, out=values)
-            np.add(values, b, out=values)
+            with np.errstate(over="ignore"):  # of a stray value that is no number of any sensor
+                np.multiply(values, a, out=values)
+                np.add(values, b, out=values)
         else:
             np.copyto(values, a, where=np.isnan(values))
 

@@ -163,7 +163,11 @@ def _segment(
                 plan = plan.with_halo(halo.halo)
                 recipe, prospect = replace(recipe, plan=plan), replace(prospect, plan=plan)
             prepared = time.perf_counter()
-            kept, tally = _label_all(recipe, workers, _while_held(guard, progress), deadlines)
+            try:
+                kept, tally = _label_all(recipe, workers, _while_held(guard, progress), deadlines)
+            except SceneError:
+                check_unchanged(prospect)  # else that is why
+                raise
             labelled = time.perf_counter()
             check_unchanged(prospect)
             with workers.desk:

@@ -204,6 +204,11 @@ class Settings:
             raise PlanError(f"--precision {self.precision!r} must be fp32, bf16 or int8")
         if self.engine not in ("auto", "onnxruntime", "openvino"):
             raise PlanError(f"--engine {self.engine!r} must be auto, onnxruntime or openvino")
+        if self.precision != "fp32" and self.engine == "onnxruntime":
+            raise PlanError(
+                f"--precision {self.precision} is run in OpenVINO; leave --engine onnxruntime or --precision "
+                f"{self.precision} out"
+            )
         if not 0 < self.agreement <= 1:
             raise PlanError(f"--agreement {self.agreement} must be a share of the labels, more than 0 and at most 1")
         if self.scale is not None and (self.scale == 0 or not isfinite(self.scale)):

@@ -164,8 +164,8 @@ def survey(job: Job, core: tuple[int, ...] | None = None) -> Prospect:
                 in_chunks=precision != "int8",
                 alone=job.alone,
             )
-        except PlanError as error:
-            raise PlanError(f"{source.uri}: {error}") from error
+        except (PlanError, SceneError) as error:
+            raise type(error)(f"{source.uri}: {error}") from error
 
     # With what a run was interrupted that is gone on with if it can be, whatever memory is free today.
     for runner in runners if given is None else []:
@@ -195,10 +195,6 @@ def _runners(model: Model, job: Job) -> list[Runner]:
     runner = runner_of(model, job.settings.engine)
     if (precision := job.settings.precision) != "fp32":
         check_precision(model, precision)
-        if job.settings.engine == "onnxruntime":
-            raise PlanError(
-                f"--precision {precision} is run in OpenVINO; leave --engine onnxruntime or --precision {precision} out"
-            )
         return ["openvino"]
     return [runner, "onnxruntime"] if runner == "openvino" and job.settings.engine == "auto" else [runner]
 

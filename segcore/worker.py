@@ -18,7 +18,7 @@ from typing import Generic, TypeVar
 from distributed import Worker, WorkerPlugin, get_worker
 
 from segcore.box import Box
-from segcore.errors import MemoryShortageError, ModelError
+from segcore.errors import MemoryShortageError, ModelError, SegcoreError
 from segcore.io.scratch import Scratch
 from segcore.io.source import Source
 from segcore.machine import keep_heap_small, release_memory
@@ -259,11 +259,21 @@ def _load(recipe: Recipe, threads: int) -> Segmenter:
     return segmenter
 
 
+@contextlib.contextmanager
+def _sentence_only() -> Iterator[None]:
+    """Our errors travel without what caused them: some of GDAL's cannot be unpickled, and would take all with them."""
+    try:
+        yield
+    except SegcoreError as error:
+        error.__cause__ = error.__context__ = None
+        raise
+
+
 def label_batch(key: str, packed: bytes, batch: list[Index], tile_seconds: float | None) -> list[TileReport]:
     """Label tiles of the pass `key`, whose recipe is `packed`. Raises SegcoreError."""
     bench: Bench = get_worker().plugins[PLUGIN]
     reports: list[TileReport] = []
-    with bench.working(key):
+    with bench.working(key), _sentence_only():
         if bench.stopped(key):
             return reports
         recipe = bench.recipe(key, packed)
@@ -280,7 +290,7 @@ def label_batch(key: str, packed: bytes, batch: list[Index], tile_seconds: float
 def work_once(key: str, packed: bytes, work: Callable[[Labeller], T]) -> T:
     """Do a piece of work with scene and model open as for tiles."""
     bench: Bench = get_worker().plugins[PLUGIN]
-    with bench.working(key), bench.places:
+    with bench.working(key), _sentence_only(), bench.places:
         return work(bench.labeller(bench.recipe(key, packed)))
 
 

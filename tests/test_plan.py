@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from segcore.box import Box
-from segcore.errors import PlanError
+from segcore.errors import PlanError, SceneError
 from segcore.grid import Grid
 from segcore.plan import LARGEST_GROWTH, PROCESS_BYTES, Plan, make_plan
 from segcore.spec import Cost, Mode, Settings, Sight, format_bytes, parse_bytes, symmetric
@@ -203,7 +203,7 @@ def test_what_cannot_work_is_refused_with_a_remedy(sight: Sight, options: dict, 
 
 
 def test_a_scene_smaller_than_a_cell_is_refused() -> None:
-    with pytest.raises(PlanError, match="1 x 1 pixels"):
+    with pytest.raises(SceneError, match="1 x 1 pixels"):
         make_plan(Grid("yx", (1, 1)), (1, 1), Sight((32, 32), None, (256, 256)), COST, LOTS)
 
 

@@ -7,6 +7,8 @@ finds those that a crash of the whole machine has cut short.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -26,6 +28,7 @@ from segcore.box import Box
 from segcore.errors import ProductError, one_line
 from segcore.grid import Grid
 from segcore.io.source import Floats, LabelReader, Labels
+from segcore.spec import format_bytes
 
 Index = tuple[int, ...]
 #: A crash of the machine can damage what was written so long before it (seconds): kernels write to disk far sooner.
@@ -77,9 +80,20 @@ class Scratch:
             self._labels[core.slices()] = labels
         except OSError as error:
             raise ProductError(
-                f"cannot store tile {index} in {self.root}: {error.strerror or error}; free some space, run again",
+                f"cannot store tile {index} in {self.root}: {error.strerror or error}{self._room(error)}; free some "
+                f"space, run again",
                 retryable=True,
             ) from error
+
+    def _room(self, error: OSError) -> str:
+        """Of a disk that is full: what is free there, and what all tiles take at most."""
+        with contextlib.suppress(OSError):
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                return ""
+            free, whole = shutil.disk_usage(self.root).free, self._labels.nbytes
+            whole += self._scores.nbytes if self._scores is not None else 0
+            return f" ({format_bytes(free)} are free there, and the scene takes up to {format_bytes(whole)})"
+        return ""
 
     def present(self) -> set[Index]:
         """The tiles whose labels, and scores, have been written. What a writer left that was killed is removed."""
