@@ -96,7 +96,7 @@ def digital_numbers(folder: Path) -> Path:
         (truncated, 1, "truncated"),
         (truncated_strips, 1, "half.tif: cannot read"),
         (lacking, 1, "lacks swir16, swir22"),
-        (one_pixel, 2, "smaller than one cell"),
+        (one_pixel, 1, "smaller than one cell"),
         (all_nodata, 1, "no valid pixel: all 90000 are nodata"),
         (digital_numbers, 1, "--scale and --offset"),
     ],

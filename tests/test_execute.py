@@ -17,6 +17,7 @@ import pytest
 import rasterio
 from conftest import save_local_unet
 from distributed import Scheduler
+from rasterio._err import CPLE_BaseError
 from rasterio.transform import from_origin
 
 from segcore.box import Box
@@ -113,6 +114,7 @@ def test_errors_that_retrying_cannot_mend_end_the_scene_at_once(tmp_path: Path, 
     flaky = scene(Flaky)
     made = recipe(tmp_path, flaky)
     Flaky.left, Flaky.error = 10**6, SceneError("the file is truncated")
+    Flaky.error.__cause__ = CPLE_BaseError(1, 1, "cannot be unpickled")  # as GDAL's own are
     with pytest.raises(SceneError, match="truncated"):
         list(label_tiles(made, made.plan.indices(), workers))
     assert 10**6 - Flaky.left <= workers.threads + 1

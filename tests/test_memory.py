@@ -126,6 +126,12 @@ def test_a_tight_budget_is_kept(tmp_path: Path, scene: Path, model: Path, side: 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+def test_a_tight_budget_is_kept_while_scores_are_written(tmp_path: Path, scene: Path, model: Path) -> None:
+    _, made, peak = run(scene, model, tmp_path / "out", "450MiB", "--engine", "onnxruntime", "--scores")
+    assert peak < made["segflow:plan"]["predicted_memory_bytes"] <= 450 * 2**20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 @pytest.mark.parametrize(("engine", "memory"), [("openvino", 700 * 2**20), ("onnxruntime", 600 * 2**20)])
 def test_large_weights_are_held_a_few_times_only(
     engine: str, memory: int, tmp_path: Path, scene: Path, unproved: Path

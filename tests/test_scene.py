@@ -336,6 +336,15 @@ def test_a_scene_that_changes_while_it_is_labelled_is_no_product(
     assert segment_scene(wanted, workers).tiles_kept == 0
 
 
+def test_a_scene_that_is_replaced_by_less_while_it_is_labelled_is_named_as_that(
+    tmp_path: Path, raster: Path, model: str, workers: Workers
+) -> None:
+    wanted = job(raster, model, tmp_path / "out", tile=32)
+    with pytest.raises(SceneError, match="has changed while it was labelled") as refused:
+        segment_scene(wanted, workers, lambda _, done, __: os.truncate(raster, 2000) if done else None)
+    assert refused.value.retryable
+
+
 def test_a_scene_whose_storage_goes_away_keeps_its_tiles(
     tmp_path: Path, raster: Path, model: str, workers: Workers
 ) -> None:
