@@ -107,13 +107,14 @@ class ClusterFile:
                 f"installed; run `pip install {package.partition('.')[0].replace('_', '-')}`"
             ) from error
         options = dict(self.options)
+        in_one = self.kind == "local" and not options.get("processes", True)
         if self.kind in _HERE:
             options = {**_loopback(), "host": "127.0.0.1", "n_workers": max(1, self.workers), **options}
             options.setdefault("threads_per_worker", TILES_IN_FLIGHT)
-            if self.kind == "local" and options.get("processes", True):
+            if self.kind == "local" and not in_one:
                 options.setdefault("config", _SETTINGS)  # for workers that are started later
         try:
-            with dask.config.set(_SETTINGS):
+            with dask.config.set(_SETTINGS | _IN_ONE if in_one else _SETTINGS):
                 cluster = kind(**options)
                 if self.maximum is not None:
                     cluster.adapt(minimum=self.workers, maximum=self.maximum)

@@ -2,6 +2,7 @@
 
     SegcoreError
     ├── SceneError    the input: missing, damaged, without the channels that the model wants
+    │   └── LateError            not labelled in the time that a scene is given; what is finished is kept
     ├── CardError     the model card: unreadable, unknown keys, weights that differ from their digest
     ├── PlanError     the settings: a budget, tile or mode that cannot work for this scene and model
     ├── ModelError    the network: an engine that is not installed, an output of the wrong shape
@@ -32,6 +33,10 @@ class SegcoreError(Exception):
 
 class SceneError(SegcoreError):
     """The scene cannot be labelled as it is."""
+
+
+class LateError(SceneError):
+    """A scene was not labelled in the time that it is given."""
 
 
 class CardError(SegcoreError):

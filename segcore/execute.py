@@ -27,7 +27,16 @@ from uuid import uuid4
 from distributed import Client, Future, KilledWorker, Scheduler
 
 from segcore.cluster import ClusterFile, check_address, is_cluster_file, local_cluster
-from segcore.errors import ModelError, PlanError, PoisonError, SceneError, SegcoreError, StoppedError, one_line
+from segcore.errors import (
+    LateError,
+    ModelError,
+    PlanError,
+    PoisonError,
+    SceneError,
+    SegcoreError,
+    StoppedError,
+    one_line,
+)
 from segcore.plan import Index
 from segcore.spec import usable_cores
 from segcore.tile import Labeller
@@ -236,7 +245,7 @@ def label_tiles(
 
     A batch that fails is tried again tile by tile, unless its error says that this is of no use. `tile_seconds` and
     `scene_seconds` are deadlines. Raises the error of a tile that failed for good, after every tile under way has
-    ended: PoisonError for one that killed its worker twice and alone; SceneError at the deadline of the scene;
+    ended: PoisonError for one that killed its worker twice and alone; LateError at the deadline of the scene;
     StoppedError when the run ends.
     """
     with _Pass(recipe, workers, tile_seconds, scene_seconds) as one:
@@ -398,9 +407,9 @@ class _Pass:
     def _keep_on(self) -> None:
         self._workers.keep_on()
         if self._until is not None and time.monotonic() > self._until:
-            raise SceneError(
+            raise LateError(
                 f"{self._uri} was not labelled in {self._scene_seconds:g} s, the time that a scene is given; finished "
-                f"tiles are kept: give it longer (--scene-timeout) and run with --retry-failed",
+                f"tiles are kept: give it longer (--scene-timeout) and run again"
             )
 
     def __enter__(self) -> _Pass:

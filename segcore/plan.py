@@ -36,7 +36,8 @@ Tiling = Literal["exact", "measured", "blend"]
 #: Bytes of a worker process with its libraries before it holds any tile, and what is added by what the network is run
 #: in (measured).
 PROCESS_BYTES, RUNNER_BYTES = 256 * 2**20, {"onnxruntime": 0, "openvino": 100 * 2**20, "torch": 164 * 2**20}
-#: Bytes that it takes to write scores, beside GDAL's cache (measured).
+#: Bytes that it takes to write scores, beside GDAL's cache: of one scene, with what its network still keeps, or of two
+#: while the tiles of others are labelled (measured).
 _PUBLISHING = 96 * 2**20
 #: Bytes that heaps of several threads keep in holes, where tiles are under way side by side: of a process that gives
 #: back what it frees, where OpenVINO, which keeps its arrays by itself, and torch have them counted above, and of one
@@ -240,8 +241,8 @@ class Plan:
 
     @property
     def resting(self) -> int:
-        """Bytes of a process that labels no tile."""
-        return PROCESS_BYTES
+        """Bytes of a process that labels no tile, but makes statistics and products."""
+        return PROCESS_BYTES + GDAL_CACHE
 
     @property
     def _axes(self) -> range:
@@ -498,12 +499,14 @@ def _with_memory(
         given = 4 * cost.classes * window.size if staging is not None and staging.levels else 0
         labelling = array + max(reading, scores + 500 * count + engine - given)
     proving = int(cost.proof_bytes_per_pixel * (window.size if plan.mode == "blend" else min(window.size, _PROVED)))
-    # GDAL keeps blocks of a raster as they are stored, most often in two bytes, and those of scores in four.
-    raster = len(plan.canvas) == 2
-    cache = min(GDAL_CACHE, 2 * cost.channels * plan.grid.size) if raster else 0
-    written = min(GDAL_CACHE, 4 * cost.classes * plan.grid.size) if raster else 0
+    # GDAL keeps blocks of a raster as they are stored, in up to four bytes.
+    read, written = (
+        min(GDAL_CACHE, 4 * count * plan.grid.size) if len(plan.canvas) == 2 else 0
+        for count in (cost.channels, cost.classes)
+    )
     publishing = _PUBLISHING + written if cost.scores else 0
-    memory = process + max(cache + max(labelling, array + scores + proving), publishing, _LOADING * cost.weights)
+    labelling += _PUBLISHING if cost.scores and not alone else 0
+    memory = process + max(read + max(labelling, array + scores + proving), publishing, _LOADING * cost.weights)
     return replace(plan, memory=memory, staging=staging, staged_work=relative)
 
 

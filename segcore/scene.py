@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, Self, TypeVar
 from uuid import uuid4
 
-from segcore.errors import MemoryShortageError, ProductError, SceneError, SegcoreError
+from segcore.errors import LateError, MemoryShortageError, ProductError, SceneError, SegcoreError
 from segcore.execute import Workers, label_tiles, run_once
 from segcore.io.scratch import Scratch
 from segcore.lock import Guard, Guarding, empty, held, locked
@@ -163,11 +163,7 @@ def _segment(
                 plan = plan.with_halo(halo.halo)
                 recipe, prospect = replace(recipe, plan=plan), replace(prospect, plan=plan)
             prepared = time.perf_counter()
-            try:
-                kept, tally = _label_all(recipe, workers, _while_held(guard, progress), deadlines)
-            except SceneError:
-                check_unchanged(prospect)  # else that is why
-                raise
+            kept, tally = _label_all(recipe, workers, _while_held(guard, progress), deadlines)
             labelled = time.perf_counter()
             check_unchanged(prospect)
             with workers.desk:
@@ -205,8 +201,10 @@ def _segment(
                     guard=guard,
                 )
         except SegcoreError as error:
-            # Finished tiles are kept where the scene may still succeed: storage was away, or the disk full.
-            if isinstance(error, SceneError) and not error.retryable and guard.holds():
+            # Finished tiles are kept where the scene may still succeed: storage was away, the disk full, or time short.
+            hopeless = isinstance(error, SceneError) and not isinstance(error, LateError) and not error.retryable
+            if hopeless and guard.holds():
+                check_unchanged(prospect)  # else that is why, and the next attempt sees all of it
                 empty(prospect.hidden)
             raise
         if guard.holds():

@@ -46,7 +46,7 @@ _LONGEST = ["pack", "real", "flow", "prefect_server", "command", "seams", "stage
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes long is begun first: else one of two workers is alone with it in the end."""
+    """What takes long is begun first: else one of the workers is alone with it in the end."""
     order = {f"test_{name}": place for place, name in enumerate(_LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 

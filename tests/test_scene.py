@@ -213,7 +213,7 @@ def test_kill_9_loses_only_the_tiles_in_flight(tmp_path: Path, raster: Path, mod
     out = tmp_path / "out"
     command = [segflow_command(), "run", str(raster), "-m", model, "-o", str(out), "--tile", "32", "--scores"]
     kept = 0
-    for least in (30, 120):
+    for least in (30, 60):
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         while process.poll() is None and tiles_in(out) < least:
             time.sleep(0.01)

@@ -190,7 +190,7 @@ def window_of(box: Box) -> Window:
 
 
 def _file_order(shape: tuple[int, int], piece: int = _PIECE) -> Iterator[Box]:
-    """Squares of whole blocks, as large as the largest tiles: however wide a scene is, no more is held at once."""
+    """Squares of whole blocks with sides of `piece` pixels: however wide a scene is, no more is held at once."""
     counts = [-(-n // piece) for n in shape]
     return (Box.cell(index, (piece, piece), shape) for index in product(*map(range, counts)))
 

@@ -88,11 +88,10 @@ class Scratch:
     def _room(self, error: OSError) -> str:
         """Of a disk that is full: what is free there, and what all tiles take at most."""
         with contextlib.suppress(OSError):
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                return ""
             free, whole = shutil.disk_usage(self.root).free, self._labels.nbytes
             whole += self._scores.nbytes if self._scores is not None else 0
-            return f" ({format_bytes(free)} are free there, and the scene takes up to {format_bytes(whole)})"
+            if error.errno == errno.ENOSPC and free < whole:
+                return f" ({format_bytes(free)} are free there, and the scene takes up to {format_bytes(whole)})"
         return ""
 
     def present(self) -> set[Index]:
