@@ -21,11 +21,11 @@ import rasterio
 from conftest import save_local_unet, segflow_command
 from rasterio.transform import from_origin
 
-from segcore.errors import ModelError, PlanError, ProductError, SceneError
+from segcore.errors import LateError, ModelError, PlanError, ProductError, SceneError
 from segcore.execute import Workers
 from segcore.files import sha256_of
 from segcore.io import product_name
-from segcore.scene import segment_scene
+from segcore.scene import Deadlines, segment_scene
 from segcore.spec import Job, Settings
 from segcore.survey import HIDDEN, survey
 
@@ -343,6 +343,15 @@ def test_a_scene_that_is_replaced_by_less_while_it_is_labelled_is_named_as_that(
     with pytest.raises(SceneError, match="has changed while it was labelled") as refused:
         segment_scene(wanted, workers, lambda _, done, __: os.truncate(raster, 2000) if done else None)
     assert refused.value.retryable
+
+
+def test_a_scene_that_is_out_of_time_keeps_its_tiles(
+    tmp_path: Path, raster: Path, model: str, workers: Workers
+) -> None:
+    wanted = job(raster, model, tmp_path / "out", tile=32)
+    with pytest.raises(LateError, match="finished tiles are kept"):
+        segment_scene(wanted, workers, lambda *_: time.sleep(0.1), Deadlines(scene_seconds=3))
+    assert segment_scene(wanted, workers).tiles_kept > 0
 
 
 def test_a_scene_whose_storage_goes_away_keeps_its_tiles(
