@@ -16,9 +16,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt requirements-data.txt
 demo: $(VENV)/.ready  ## label a real Landsat 8 scene and a real head MRI, into $(OUT)
 	$(BIN)/segflow demo --out $(OUT)
 
-# Three processes for two cores, as many tests wait; threads that wait must leave the cores to others.
+# Three processes for two cores, as many tests wait.
 test: $(VENV)/.ready  ## run all tests
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations 20
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder --durations 20
 
 check: $(VENV)/.ready  ## lint and types
 	$(BIN)/ruff check .

@@ -43,6 +43,9 @@ def run_script(prefect_home: Path, tmp_path: Path) -> Callable[..., dict[str, An
 
     def run(script: str, *arguments: object, **environment: str) -> dict[str, Any]:
         clean = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
+        clean["PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"] = (
+            "180"  # as `flows` has it, for scripts that import it late
+        )
         ended = subprocess.run(
             [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
             capture_output=True, text=True, timeout=300, check=False, cwd=tmp_path,
