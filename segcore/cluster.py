@@ -44,10 +44,6 @@ _HERE = ("local", "cuda")
 #: What dask does in workers that we do without: looking at all threads all the time (see `Bench.setup`), and trying a
 #: batch again whose worker died (suspects are tried alone instead).
 _SETTINGS = {"distributed.worker.profile.enabled": False, "distributed.scheduler.allowed-failures": 0}
-#: And where worker and scheduler are one process: giving up a worker that has been silent for five minutes. It cannot
-#: be lost; but where the clock is set, it seems so.
-_IN_ONE = {"distributed.scheduler.worker-ttl": None}
-
 #: A worker process that dies while it is started is started so often before a run ends.
 _STARTS = 3
 #: Seconds between two looks at whether all workers of this machine are there.
@@ -114,7 +110,7 @@ class ClusterFile:
             if self.kind == "local" and not in_one:
                 options.setdefault("config", _SETTINGS)  # for workers that are started later
         try:
-            with dask.config.set(_SETTINGS | _IN_ONE if in_one else _SETTINGS):
+            with dask.config.set(_settings(in_one)):
                 cluster = kind(**options)
                 if self.maximum is not None:
                     cluster.adapt(minimum=self.workers, maximum=self.maximum)
@@ -167,7 +163,7 @@ def local_cluster(processes: int) -> LocalCluster:
 
 
 def _started(processes: int) -> LocalCluster:
-    with dask.config.set(_SETTINGS if processes else _SETTINGS | _IN_ONE):
+    with dask.config.set(_settings(in_one=not processes)):
         return LocalCluster(
             n_workers=max(1, processes),
             threads_per_worker=TILES_IN_FLIGHT,
@@ -176,6 +172,15 @@ def _started(processes: int) -> LocalCluster:
             host="127.0.0.1" if processes else None,
             **_loopback(),
         )
+
+
+def _settings(in_one: bool) -> dict[str, Any]:
+    """Of dask, for a scheduler and workers that are one process, or several.
+
+    In one, a worker cannot be lost. But where the clock is set it seems to have been silent for five minutes, for which
+    dask would give it up.
+    """
+    return _SETTINGS | {"distributed.scheduler.worker-ttl": None} if in_one else _SETTINGS
 
 
 def _keep(cluster: LocalCluster) -> None:

@@ -170,7 +170,7 @@ class _Stretch:
         out = np.empty((*image.shape[1:], 3), np.uint8)
         for place, channel in enumerate(self.channels):
             low, high = self.limits[channel]
-            with np.errstate(over="ignore"):
+            with np.errstate(over="ignore"):  # of values near the largest float, which are clipped below
                 stretched = (np.nan_to_num(image[channel], nan=low) - low) / max(high - low, 1e-12)
             out[..., place] = np.clip(stretched, 0, 1) ** 0.8 * 255
         out[np.isnan(image).any(axis=0)] = _INVALID

@@ -213,18 +213,24 @@ class Card(_Strict):
         return self.activation == "sigmoid" and len(self.classes) == 2
 
     def cost(
-        self, runner: Runner = "onnxruntime", weights: int = 0, precision: Precision = "fp32", least: float = 0.0
+        self,
+        runner: Runner = "onnxruntime",
+        weights: int = 0,
+        precision: Precision = "fp32",
+        least: float = 0.0,
+        scores: bool = False,
     ) -> Cost:
         """What a pixel costs the planner, the network run in this; `weights`: bytes of its file; `least`: bytes that
-        its graph holds for a pixel, where that is known: a card may say too little.
+        its graph holds for a pixel, where that is known: a card may say too little; `scores`: whether they are
+        published.
         """
         channels, classes = len(self.channels), len(self.classes)
         # Several windows are run side by side, unless torch runs them.
         whole = max(self.bytes_per_pixel, least) * (STREAMS if self.fixed_window and runner != "torch" else 1)
         if precision == "fp32":
-            return Cost(channels, classes, whole, runner, weights)
+            return Cost(channels, classes, whole, runner, weights, scores=scores)
         # The network in fp32, which it was compared with, is kept for the next scene.
-        return Cost(channels, classes, _SHORT * whole, runner, 2 * weights, whole, _SHORT)
+        return Cost(channels, classes, _SHORT * whole, runner, 2 * weights, whole, _SHORT, scores)
 
 
 class Model:

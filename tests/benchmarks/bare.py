@@ -33,7 +33,7 @@ def table(options: argparse.Namespace) -> Iterator[str]:
     """
     if options.cube:
         model, scene = models.basic_unet("zyx"), scenes.volume(options.cube)
-        shape, of = (options.cube,) * 3, (options.cube,) * 3
+        shape = of = (options.cube,) * 3
     else:
         model, scene = models.basic_unet(), scenes.mosaic(options.side)
         shape, of = (options.side,) * 2, (options.pass_side,) * 2
