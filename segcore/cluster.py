@@ -44,6 +44,7 @@ _HERE = ("local", "cuda")
 #: What dask does in workers that we do without: looking at all threads all the time (see `Bench.setup`), and trying a
 #: batch again whose worker died (suspects are tried alone instead).
 _SETTINGS = {"distributed.worker.profile.enabled": False, "distributed.scheduler.allowed-failures": 0}
+
 #: A worker process that dies while it is started is started so often before a run ends.
 _STARTS = 3
 #: Seconds between two looks at whether all workers of this machine are there.

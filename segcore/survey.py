@@ -145,7 +145,7 @@ def survey(job: Job, core: tuple[int, ...] | None = None) -> Prospect:
         measured = job.settings.tolerance is not None
         stages, precision = _stages_of(model, canvas), job.settings.precision
         held = stages.inner[0].bytes if stages is not None else 0.0
-        cost = model.card.cost(runner, model.weights_bytes, precision, held, job.settings.scores)
+        cost = model.card.cost(runner, model.weights_bytes, precision, least=held, scores=job.settings.scores)
         if stages is not None and runner == "openvino" and precision == "fp32":
             # The card's number is what ONNX Runtime holds, which fills up few channels to sixteen.
             cost = replace(cost, engine_bytes_per_pixel=min(cost.engine_bytes_per_pixel, _IN_OPENVINO * held))
