@@ -158,9 +158,11 @@ def _lock(folder: Path) -> int | None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
-    except FileNotFoundError:
-        return None  # another run removed it between the two
     except OSError as error:
+        # Another run removed it, or the folder above it, between two steps of this. Where it went between two steps of
+        # mkdir, mkdir takes it for something that is not a folder.
+        if isinstance(error, FileNotFoundError) or (isinstance(error, FileExistsError) and _gone(Path(error.filename))):
+            return None
         raise ProductError(f"cannot write to {folder}: {error.strerror or error}; choose another --out") from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -174,6 +176,11 @@ def _lock(folder: Path) -> int | None:
         raise ProductError(f"cannot lock {folder}: {error.strerror or error}; choose another --out") from error
     os.close(descriptor)
     return None
+
+
+def _gone(path: Path) -> bool:
+    """Whether what was in the way of a new folder is no longer there, or a folder again."""
+    return path.is_dir() or not os.path.lexists(path)
 
 
 def _is_at(descriptor: int, folder: Path) -> bool:

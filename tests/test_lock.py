@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -100,6 +102,25 @@ def test_of_many_threads_one_at_a_time_is_in_the_folder(tmp_path: Path) -> None:
     assert not folder.parent.exists()
 
 
+@pytest.mark.parametrize("which", ["scene", "hidden"])
+def test_a_folder_that_goes_while_it_is_made_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    """As when another run ends between mkdir's "it is there" and its look at what is there."""
+    folder, mkdir, gone = tmp_path / "hidden" / "scene", os.mkdir, []
+
+    def ends_meanwhile(path: Path, mode: int = 0o777) -> None:
+        if Path(path).name == which and not gone:
+            gone.append(path)
+            raise FileExistsError(errno.EEXIST, "File exists", str(path))
+        mkdir(path, mode)
+
+    monkeypatch.setattr(os, "mkdir", ends_meanwhile)
+    with locked(folder, 60) as lock:
+        assert lock.holds()
+    assert gone
+
+
 def test_a_folder_that_was_removed_by_hand_is_noticed(tmp_path: Path) -> None:
     folder = tmp_path / "hidden" / "scene"
     with locked(folder, 0) as lock:
@@ -134,11 +155,13 @@ def test_a_damaged_note_stops_nobody(tmp_path: Path, text: str) -> None:
 
 def test_a_folder_that_cannot_be_made_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with (
-        pytest.raises(ProductError, match=r"cannot write to .*; choose another --out"),
-        locked(tmp_path / "file" / "x", 0),
-    ):
-        pass
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for folder in ("file", "file/x", "file/x/y", "dangling", "dangling/x"):
+        with (
+            pytest.raises(ProductError, match=r"cannot write to .*; choose another --out"),
+            locked(tmp_path / folder, 0),
+        ):
+            pass
     assert not held(tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()
 
