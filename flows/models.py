@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from segcore.errors import CardError
 from segcore.model.card import Model, NetworkClass, built_in_models, check_network, load_card
@@ -29,11 +29,12 @@ def list_models(as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps({"models": [card.model_dump(mode="json") for card in cards]}, indent=2))
         return
-    table = Table("model", "classes", "channels", "license", "what it labels", box=None)
+    table = Table(Column("model", no_wrap=True), "what it labels", box=None, padding=(0, 1, 1, 0))
     for card in cards:
         classes = ", ".join(label.name for label in card.classes)
         channels = ", ".join(channel.name for channel in card.channels)
-        table.add_row(card.name, classes, channels, card.license, card.description)
+        lines = card.description, f"classes: {classes}", f"channels: {channels}", f"license: {card.license}"
+        table.add_row(card.name, "\n".join(lines))
     Console().print(table)
 
 

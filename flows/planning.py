@@ -127,7 +127,7 @@ def _rows(prospect: Prospect, facts: dict[str, Any]) -> Iterator[tuple[str, str]
     sizes = format_bytes(facts["predicted_scratch_bytes"]), format_bytes(facts["predicted_product_bytes"])
     yield "disk", f"at most {sizes[0]} of scratch while it runs, {sizes[1]} of product (before compression)"
     seconds = facts["predicted_seconds"]
-    told = "not known, as this model has not run here: --calibrate measures it"
+    told = "not known, as this model has not run here on a scene of this size: --calibrate measures it"
     yield "time", told if seconds is None else f"{format_seconds(seconds)} (from {facts['prediction_from']})"
     for warning in facts["warnings"]:
         yield "warning", warning

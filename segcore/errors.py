@@ -18,6 +18,11 @@ succeed a little later (storage that was away), or never will before the user ch
 
 from __future__ import annotations
 
+import errno
+
+#: Why a file is not written where more space would not help: its folder, what is in its way, who may change it.
+_NOT_FOR_SPACE = {errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS}
+
 
 class SegcoreError(Exception):
     """Base of the tree above; `str(error)` is one line that is fit for a user."""
@@ -81,6 +86,12 @@ class StoppedError(SegcoreError):
 
 def _rebuild(kind: type[SegcoreError], message: str, retryable: bool) -> SegcoreError:
     return kind(message, retryable=retryable)
+
+
+def unwritten(error: OSError) -> str:
+    """Why a file was not written, and what to do about it."""
+    space = "" if error.errno in _NOT_FOR_SPACE else "free some space or "
+    return f"{error.strerror or error}; {space}choose another --out"
 
 
 def one_line(error: BaseException) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 from uuid import uuid4
 
-from segcore.errors import ProductError, SceneError
+from segcore.errors import ProductError, SceneError, unwritten
 
 #: Bytes of a product's name; file systems allow 255, and suffixes come behind it.
 LONGEST_NAME = 180
@@ -97,6 +97,4 @@ def save_text(path: Path, text: str) -> None:
     try:
         write_text(path, text)
     except OSError as error:
-        raise ProductError(
-            f"cannot write {path}: {error.strerror or error}; free some space or choose another --out", retryable=True
-        ) from error
+        raise ProductError(f"cannot write {path}: {unwritten(error)}", retryable=True) from error

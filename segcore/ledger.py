@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from segcore.errors import ProductError
+from segcore.errors import ProductError, unwritten
 from segcore.files import save_text
 
 #: What a run writes into an output folder besides its products.
@@ -105,10 +105,7 @@ def append(path: Path, event: Mapping[str, Any], *, sync: bool = False) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise ProductError(
-            f"cannot append to {path}: {error.strerror or error}; free some space or choose another --out",
-            retryable=True,
-        ) from error
+        raise ProductError(f"cannot append to {path}: {unwritten(error)}", retryable=True) from error
 
 
 def _lock(descriptor: int) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from segcore.errors import ProductError
+from segcore.errors import ProductError, unwritten
 from segcore.files import sha256_of, write_text
 from segcore.io.scratch import Scratch
 from segcore.io.source import Legend, Source, sample_positions
@@ -189,10 +189,7 @@ def publish(
         write_json(hidden / f"{name}.json", document)
         _move(files, hidden / f"{name}.json", manifest_path(out, name), guard)
     except OSError as error:
-        raise ProductError(
-            f"cannot publish {out / name}: {error.strerror or error}; free some space or choose another --out",
-            retryable=True,
-        ) from error
+        raise ProductError(f"cannot publish {out / name}: {unwritten(error)}", retryable=True) from error
     return document
 
 

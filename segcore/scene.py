@@ -211,7 +211,7 @@ def _segment(
             empty(prospect.hidden)
     if kept == 0 and (job.alone or prospect.speed is None):  # beside others it waits for them, too
         rest = time.perf_counter() - began - (labelled - prepared)
-        speed = Speed((labelled - prepared) / prospect.computed, rest / source.grid.size)
+        speed = Speed((labelled - prepared) / prospect.computed, rest / source.grid.size, source.grid.size)
         remember(prospect.speed_key, speed)
     return Outcome(
         "done",

@@ -81,8 +81,9 @@ class Prospect:
 
     @property
     def speed(self) -> Speed | None:
-        """How fast this model was on this machine when it last ran."""
-        return recall(self.speed_key)
+        """How fast this model was on this machine when it last ran; None where that tells nothing of this scene."""
+        known = recall(self.speed_key)
+        return known if known and known.tells_of(self.source.grid.size) else None
 
     def tiling(self) -> dict[str, Any]:
         """The plan as JSON."""

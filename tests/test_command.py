@@ -228,7 +228,8 @@ def test_settings_that_do_nothing_are_said(tmp_path: Path, run_segflow: Run) -> 
 def test_models_are_listed_and_inspected(run_segflow: Run) -> None:
     listed = json.loads(run_segflow("model", "list", "--json").stdout)["models"]
     assert len(listed) == 5
-    assert "deepbet" in run_segflow("model", "list").stdout
+    table = run_segflow("model", "list", env={"COLUMNS": "80"}).stdout
+    assert all(f"{model['name']} " in table for model in listed), "a name that is cut cannot be typed"
     shown = json.loads(run_segflow("model", "inspect", "deepbet", "--json").stdout)
     assert shown["card"]["orientation"] == "RAS"
     assert shown["contradictions"] == []

@@ -147,9 +147,9 @@ def test_refresh_reads_what_was_appended_since(tmp_path: Path) -> None:
 def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no event of the ledger"):
         new_event("scene.vanished", "r", {})
-    with pytest.raises(ProductError, match=r"cannot append to .*Is a directory"):
+    with pytest.raises(ProductError, match=r"cannot append to .*: Is a directory; choose another --out"):
         append(tmp_path, new_event(SCENE_DONE, "r", {}))
-    with pytest.raises(ProductError, match=r"cannot write .*No such file"):
+    with pytest.raises(ProductError, match=r"cannot write .*: No such file or directory; choose another --out"):
         write_failures(tmp_path / "none" / "failures.csv", [])
 
 
