@@ -43,5 +43,5 @@ def recall(key: str) -> Speed | None:
 def remember(key: str, speed: Speed) -> None:
     """Note a speed for later runs, unless that of a much larger scene is known."""
     known = recall(key)
-    if known is None or known.pixels <= _TIMES * speed.pixels:
+    if known is None or speed.tells_of(known.pixels):
         _NOTES[key] = asdict(speed)
